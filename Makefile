@@ -1,0 +1,49 @@
+# flashmoe.c. `make help` lists the targets.
+#
+# Everything built lands in $(BUILD), except the chapter programs, which lie here at the top.
+BUILD  ?= build
+CC     ?= cc
+OPT    ?= -O3 -march=native
+# -ffp-contract=off: a fused multiply-add in one build and not in another would give different bits.
+CFLAGS ?= $(OPT) -g
+CFLAGS_ALL = -std=c11 -D_GNU_SOURCE -Wall -Wextra -Werror -fopenmp $(CFLAGS)
+LDLIBS_ALL = -ljansson -lm -ldl $(LDLIBS)
+
+REF     = $(wildcard ref_cpu/*.c)
+SHARED  = $(wildcard chapters/*.c)
+RUNGS   = $(wildcard chapters/*/cpu.c)
+TESTS  ?= $(wildcard tests/*.c)
+NUMBERS = 0 1 2 3 4 5 6 7 8 9
+
+object  = $(patsubst %.c,$(BUILD)/%.o,$(1))
+LIBRARY = $(call object,$(REF) $(SHARED) $(RUNGS))
+
+.DEFAULT_GOAL := help
+.PHONY: help clean $(NUMBERS:%=chapter%)
+
+help: ## this list
+	@grep -hE '^[a-z%0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+$(BUILD)/ref_cpu/%.o: CFLAGS += -ffp-contract=off
+$(BUILD)/%.o: %.c
+	@mkdir -p $(@D)
+	$(CC) $(CFLAGS_ALL) -MMD -MP -c $< -o $@
+
+$(BUILD)/libflashmoe.a: $(LIBRARY)
+	@rm -f $@
+	ar rcs $@ $^
+
+# Always asked, never rebuilt without need: the program lies at the top, its parts in $(BUILD).
+$(NUMBERS:%=chapter%): chapter%: $(BUILD)/chapter%
+	@cp -u $< $@
+.SECONDEXPANSION:
+$(NUMBERS:%=$(BUILD)/chapter%): $(BUILD)/chapter%: $$(call object,$$(wildcard chapters/%-*/main.c)) $(BUILD)/libflashmoe.a
+	$(CC) $(CFLAGS_ALL) $^ -o $@ $(LDLIBS_ALL)
+
+$(BUILD)/tests/run: $(call object,$(TESTS)) $(BUILD)/libflashmoe.a
+	$(CC) $(CFLAGS_ALL) $^ -o $@ -lcriterion $(LDLIBS_ALL)
+
+clean: ## remove everything that was built
+	rm -rf $(BUILD) $(NUMBERS:%=chapter%)
+
+-include $(shell find $(BUILD) -name '*.d' 2>/dev/null)

@@ -1,0 +1,68 @@
+/* The suite as a text that runs. A test is a sentence with a number in its chapter, a reason, and something
+ * independent it is checked against; Criterion runs it, literate.c prints it.
+ *
+ *     static const char *k_best_of_all(const int64_t *size, uint64_t seed) {
+ *         int64_t T = size[0], n = size[1], K = size[2];
+ *         if (K > n * n)
+ *             return DOES_NOT_APPLY;
+ *         ...
+ *         if (indices[i] != sorted[i])
+ *             return because("token %d: place %d holds pair %d, the sort has %d", ...);
+ *         return HOLDS;
+ *     }
+ *
+ *     SENTENCE(3, 1, "The chosen pairs are the K best of all n², when sums are exact.",
+ *              "the definition", "a full sort") {
+ *         for_sizes("T n K", k_best_of_all, SIZES({1, 1, 1}, {3, 4, 16}, {7, 13, 6}));
+ *     }
+ *
+ * A property is called once a row of sizes with a fresh seed. When it fails, the sizes are shrunk one at a time while
+ * it still fails, and the smallest counterexample is printed with the command that repeats it.
+ */
+#ifndef LITERATE_H
+#define LITERATE_H
+
+#include "../chapters/steps.h"
+
+#include <criterion/criterion.h>
+
+#define MAX_SIZES 8
+
+typedef const char *property(const int64_t *size, uint64_t seed);
+
+extern const char DOES_NOT_APPLY[]; /* these sizes make no case (not counted) */
+#define HOLDS NULL
+/* A failure's text, formatted into a buffer that lives until the next call. */
+const char *because(const char *format, ...) __attribute__((format(printf, 1, 2)));
+
+#define SIZES(...) (const int64_t[][MAX_SIZES]){__VA_ARGS__}, \
+    sizeof((const int64_t[][MAX_SIZES]){__VA_ARGS__}) / sizeof(int64_t[MAX_SIZES])
+
+/* names: "T n K", one word a size. Fails the sentence at the first row that does not hold. */
+void for_sizes(const char *names, property *holds, const int64_t (*rows)[MAX_SIZES], size_t num_rows);
+/* The same, plus `random` more rows with each size drawn between the row minimum and maximum given. */
+void for_random_sizes(const char *names, property *holds, int64_t random, const int64_t *low, const int64_t *high);
+
+/* For sentences without sizes: fails with the text unless ok; each call counts as a case. */
+void expect(bool ok, const char *format, ...) __attribute__((format(printf, 2, 3)));
+uint64_t fresh_seed(void); /* the run's seed (SEED= repeats it) mixed with a counter */
+
+/* Every rung of a ladder against the step's reference, at the case the name spells; a rung that does not support it is
+ * passed over. HOLDS, or which rung failed and where. */
+const char *rungs_agree(const fmoe_step *step, const fmoe_rung *rungs, uint64_t seed, const char *case_format, ...)
+    __attribute__((format(printf, 4, 5)));
+/* The rung writes the same bits with 1, 2, 3 and 7 threads and on a second run. */
+const char *rungs_repeat(const fmoe_step *step, const fmoe_rung *rungs, uint64_t seed, const char *case_format, ...)
+    __attribute__((format(printf, 4, 5)));
+
+void literate_register(int chapter, int number, const char *sentence, const char *why, const char *against);
+
+/* One Criterion test, s01 in suite chapter3, with its texts registered before main. */
+#define SENTENCE(chapter, number, sentence, why, against)                                       \
+    __attribute__((constructor)) static void LITERATE_NAME(chapter, number)(void) {             \
+        literate_register(chapter, number, sentence, why, against);                             \
+    }                                                                                           \
+    Test(chapter##chapter, s##number, .description = sentence)
+#define LITERATE_NAME(chapter, number) literate_##chapter##_##number
+
+#endif
