@@ -57,12 +57,11 @@ const char *rungs_repeat(const fmoe_step *step, const fmoe_rung *rungs, uint64_t
 
 void literate_register(int chapter, int number, const char *sentence, const char *why, const char *against);
 
-/* One Criterion test, s01 in suite chapter3, with its texts registered before main. */
-#define SENTENCE(chapter, number, sentence, why, against)                                       \
-    __attribute__((constructor)) static void LITERATE_NAME(chapter, number)(void) {             \
-        literate_register(chapter, number, sentence, why, against);                             \
-    }                                                                                           \
-    Test(chapter##chapter, s##number, .description = sentence)
-#define LITERATE_NAME(chapter, number) literate_##chapter##_##number
+/* One Criterion test, s1 in suite chapter3, with its texts registered before main. */
+#define SENTENCE(ch, num, sentence, why, against)                                                                      \
+    __attribute__((constructor)) static void literate_##ch##_##num(void) {                                             \
+        literate_register(ch, num, sentence, why, against);                                                            \
+    }                                                                                                                  \
+    Test(chapter##ch, s##num, .description = sentence)
 
 #endif
