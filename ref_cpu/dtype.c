@@ -58,7 +58,8 @@ static inline float f16_to_f32(uint16_t half) {
     uint32_t normal = (magnitude << 13) + rebias + (magnitude >= 0x7c00u ? rebias : 0);
     /* Subnormals are multiples of 2^-24. */
     uint32_t subnormal = as_bits((float)(int32_t)magnitude * 0x1p-24f);
-    return as_float(sign | (magnitude < 0x0400u ? subnormal : normal));
+    uint32_t is_subnormal = magnitude < 0x0400u ? UINT32_MAX : 0; /* a mask: ?: would skip the product by a jump */
+    return as_float(sign | (subnormal & is_subnormal) | (normal & ~is_subnormal));
 }
 
 static inline uint16_t f32_to_f16(float value) {
