@@ -1,0 +1,327 @@
+/* The program that climbs a chapter's ladders: check, time, print, record, draw. */
+#include "program.h"
+
+#include "../ref_cpu/check.h"
+
+#include <math.h>
+#include <stdarg.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+void fmoe_progress(const char *format, ...) {
+    if (!isatty(STDERR_FILENO))
+        return;
+    fflush(stdout);
+    va_list args;
+    va_start(args, format);
+    fputs("\r\033[K", stderr);
+    vfprintf(stderr, format, args);
+    va_end(args);
+    fflush(stderr);
+}
+
+/* ---- A rung ------------------------------------------------------------------------------------------------------ */
+
+typedef enum { MEASURED, NOT_HERE, WRONG } outcome_kind;
+
+typedef struct {
+    outcome_kind kind;
+    fmoe_timing timing;
+    double error;
+    char why[240];
+} outcome;
+
+typedef struct {
+    const fmoe_rung *rung;
+    const fmoe_problem *problem;
+    workspace space;
+    fmoe_status status;
+} timed_run;
+
+static void run_once(void *context) {
+    timed_run *run = context;
+    fmoe_status status = run->rung->run(run->problem->args, run->space.memory, run->space.bytes, NULL);
+    if (status != FMOE_OK)
+        run->status = status;
+}
+
+static outcome wrong(double error, const char *format, ...) __attribute__((format(printf, 2, 3)));
+static outcome wrong(double error, const char *format, ...) {
+    outcome o = {.kind = WRONG, .error = error};
+    va_list args;
+    va_start(args, format);
+    vsnprintf(o.why, sizeof o.why, format, args);
+    va_end(args);
+    return o;
+}
+
+/* Checks the rung, then times it. */
+static outcome measure(const fmoe_rung *rung, fmoe_problem *p) {
+    outcome o = {.kind = MEASURED};
+    char why[200];
+    fmoe_status status = fmoe_rung_check(rung, p, &o.error, why);
+    if (status == FMOE_UNSUPPORTED) {
+        o.kind = NOT_HERE;
+        snprintf(o.why, sizeof o.why, "%s", why);
+        return o;
+    }
+    double limit = fmoe_error_limit(p->c.dtype);
+    if (status != FMOE_OK)
+        return wrong(o.error, "%s", why);
+    if (!(o.error <= limit))
+        return wrong(o.error, "error %.1e over %.0e: %s", o.error, limit, why);
+    timed_run run = {.rung = rung, .problem = p};
+    if (workspace_new(rung_workspace(rung, p), &run.space) != FMOE_OK)
+        return wrong(o.error, "%.200s", fmoe_error_message());
+    o.timing = fmoe_time(run_once, &run);
+    if (run.status != FMOE_OK)
+        o = wrong(o.error, "%s when run again", fmoe_status_name(run.status));
+    else if (workspace_check(&run.space, why) != FMOE_OK)
+        o = wrong(o.error, "%s", why);
+    workspace_free(&run.space);
+    return o;
+}
+
+/* ---- A ladder at a case ------------------------------------------------------------------------------------------ */
+
+static recorded_data recorded;
+static bool any_wrong;
+
+static bool is_chosen(const fmoe_rung *rung) {
+    return only_chosen(rung->name) && (int)rung->level <= fmoe_opt.level;
+}
+
+static bool any_chosen(const fmoe_ladder *ladder) {
+    for (const fmoe_rung *rung = ladder->rungs; rung->run; rung++)
+        if (is_chosen(rung))
+            return true;
+    return false;
+}
+
+static bool has_cuda(const fmoe_ladder *ladder) {
+    for (const fmoe_rung *rung = ladder->rungs; rung->run; rung++)
+        if (rung->backend == BACKEND_CUDA)
+            return true;
+    return false;
+}
+
+/* Times seen so far at this case; 0 where there is none yet. */
+typedef struct {
+    double before_ms, first_ms, best_cpu_ms, library_ms;
+} baselines;
+
+static void show(const fmoe_rung *rung, const outcome *o, const fmoe_work *work, const baselines *base) {
+    char note[300];
+    switch (o->kind) {
+    case NOT_HERE:
+        table_note(rung->name, level_name(rung->level), o->why);
+        break;
+    case WRONG:
+        snprintf(note, sizeof note, "FAILED: %s", o->why);
+        table_note(rung->name, level_name(rung->level), note);
+        break;
+    case MEASURED:
+        table_line(&(table_row){.name = rung->name,
+                                .level = level_name(rung->level),
+                                .ms = o->timing.median_ms,
+                                .before_ms = rung->library ? 0 : base->before_ms,
+                                .base_ms = rung->backend == BACKEND_CUDA ? base->best_cpu_ms : base->first_ms,
+                                .library_ms = rung->library ? 0 : base->library_ms,
+                                .floor_ms = work->floor_ms,
+                                .error = o->error,
+                                .verdict = "pass"});
+    }
+    fflush(stdout);
+}
+
+static void remember(const fmoe_rung *rung, double ms, baselines *base) {
+    if (rung->backend == BACKEND_CPU && !(base->best_cpu_ms > 0 && base->best_cpu_ms < ms))
+        base->best_cpu_ms = ms;
+    if (rung->library)
+        return;
+    base->before_ms = ms;
+    if (!(base->first_ms > 0))
+        base->first_ms = ms;
+}
+
+/* The library's time stands in every line, so it is taken first and shown in its turn. */
+static outcome measure_library(const fmoe_ladder *ladder, fmoe_problem *p, const fmoe_rung **library) {
+    outcome o = {0};
+    *library = NULL;
+    for (const fmoe_rung *rung = ladder->rungs; rung->run && !*library; rung++)
+        if (rung->library && is_chosen(rung)) {
+            fmoe_progress("%s %s: %s", p->step->op, p->c.name, rung->name);
+            o = measure(rung, p);
+            *library = rung;
+        }
+    return o;
+}
+
+static void climb(const fmoe_ladder *ladder, fmoe_problem *p, const fmoe_work *work) {
+    const fmoe_rung *library;
+    outcome of_library = measure_library(ladder, p, &library);
+    baselines base = {.library_ms = of_library.timing.median_ms};
+    for (const fmoe_rung *rung = ladder->rungs; rung->run; rung++) {
+        if (!is_chosen(rung))
+            continue;
+        if (fmoe_opt.predict)
+            predict_ask(rung, base.before_ms);
+        fmoe_progress("%s %s: %s", p->step->op, p->c.name, rung->name);
+        outcome o = rung == library ? of_library : measure(rung, p);
+        fmoe_progress("%s", "");
+        show(rung, &o, work, &base);
+        any_wrong |= o.kind == WRONG;
+        if (o.kind != MEASURED)
+            continue;
+        predict_measured(rung->name, o.timing.median_ms);
+        remember(rung, o.timing.median_ms, &base);
+        fmoe_csv_row(p->step->op, p->c.name, rung->name, rung->level, rung->backend, p->c.dtype, o.timing, o.error,
+                     *work);
+    }
+}
+
+/* 0, or the status to exit with. */
+static int climb_case(const fmoe_ladder *ladder, const char *name) {
+    fmoe_case c;
+    fmoe_problem p;
+    fmoe_progress("%s %s: drawing the inputs, computing the reference", ladder->step->op, name);
+    fmoe_status status = fmoe_case_parse(name, &c);
+    if (status == FMOE_OK)
+        status = fmoe_problem_new(ladder->step, &c, fmoe_opt.seed, &p);
+    fmoe_progress("%s", "");
+    if (status != FMOE_OK) {
+        fprintf(stderr, "%s %s: %s: %s\n", ladder->step->op, name, fmoe_status_name(status), fmoe_error_message());
+        return opt_more.num_cases ? 2 : 1;
+    }
+    fmoe_work work = ladder->step->work(&p, fmoe_machine_ceilings());
+    printf("\n%s  %s\n", ladder->step->op, name);
+    if (work.floor_ms > 0)
+        printf("  floor %.4g ms: %s\n", work.floor_ms, work.floor_why ? work.floor_why : "");
+    table_header(has_cuda(ladder) ? "best cpu" : "first");
+    climb(ladder, &p, &work);
+    recorded_show(&recorded, ladder->step->op, name, !has_cuda(ladder));
+    predict_compare();
+    fmoe_problem_free(&p);
+    return 0;
+}
+
+/* ---- A chapter's ladders and cases ------------------------------------------------------------------------------- */
+
+/* The name with --dtype in place of its own type. */
+static void with_dtype(const char *name, char *out, size_t size) {
+    fmoe_case c;
+    snprintf(out, size, "%s", name);
+    if (!opt_more.dtype_given || fmoe_case_parse(name, &c) != FMOE_OK)
+        return;
+    const char *old = fmoe_dtype_name(c.dtype), *new = fmoe_dtype_name(opt_more.dtype);
+    for (const char *word = strstr(name, old); word; word = strstr(word + 1, old)) {
+        char after = word[strlen(old)];
+        if ((word == name || word[-1] == '-') && (after == '-' || !after)) {
+            snprintf(out, size, "%.*s%s%s", (int)(word - name), name, new, word + strlen(old));
+            return;
+        }
+    }
+    snprintf(out, size, "%s-%s", name, new);
+}
+
+/* A chapter with several ladders takes a --case to those whose own cases spell the same sizes. */
+static bool case_fits(const fmoe_chapter *chapter, const fmoe_ladder *ladder, const char *name) {
+    return !chapter->ladders[1].step || !ladder->cases || !ladder->cases[0] ||
+           case_letters(ladder->cases[0]) == case_letters(name);
+}
+
+static int check_cases(const fmoe_chapter *chapter) {
+    for (int i = 0; i < opt_more.num_cases; i++) {
+        bool fits = false;
+        for (const fmoe_ladder *ladder = chapter->ladders; ladder && ladder->step; ladder++)
+            fits |= case_fits(chapter, ladder, opt_more.cases[i]);
+        if (!fits) {
+            fprintf(stderr,
+                    "--case '%s': no ladder of this chapter has these sizes; ./chapter%d --list shows its cases\n",
+                    opt_more.cases[i], chapter->number);
+            return 2;
+        }
+    }
+    return 0;
+}
+
+static bool seen_before(const char *const *cases, int count, const char *name) {
+    char other[128];
+    for (int i = 0; i < count; i++) {
+        with_dtype(cases[i], other, sizeof other);
+        if (!strcmp(other, name))
+            return true;
+    }
+    return false;
+}
+
+static int climb_ladder(const fmoe_chapter *chapter, const fmoe_ladder *ladder) {
+    if (!any_chosen(ladder))
+        return 0;
+    const char *const *cases = fmoe_opt.quick && ladder->quick_cases ? ladder->quick_cases : ladder->cases;
+    if (opt_more.num_cases)
+        cases = opt_more.cases; /* ended by NULL: one more place than --case fills */
+    for (int i = 0; cases && cases[i]; i++) {
+        char name[128];
+        with_dtype(cases[i], name, sizeof name);
+        if ((opt_more.num_cases && !case_fits(chapter, ladder, cases[i])) || seen_before(cases, i, name))
+            continue;
+        int status = climb_case(ladder, name);
+        if (status)
+            return status;
+    }
+    if (!opt_more.num_cases && !has_cuda(ladder))
+        recorded_show_rest(&recorded, ladder->step->op);
+    return 0;
+}
+
+static void print_machine(void) {
+    const fmoe_ceilings *m = fmoe_machine_ceilings();
+    printf("%s: copy %.3g GB/s, FMA %.3g GFLOP/s, fork and join %.2g µs\n", m->device, m->copy_gbs, m->fma_gflops,
+           m->fork_join_us);
+    if (m->num_gather > 0)
+        printf("gather of random 1 KB rows: %.3g GB/s from %g MB, %.3g GB/s from %g MB\n", m->gather_gbs[0],
+               m->gather_mb[0], m->gather_gbs[m->num_gather - 1], m->gather_mb[m->num_gather - 1]);
+    fflush(stdout);
+}
+
+static int run_chapter(const fmoe_chapter *chapter) {
+    int status = chapter->before ? chapter->before() : 0;
+    for (const fmoe_ladder *ladder = chapter->ladders; !status && ladder && ladder->step; ladder++)
+        status = climb_ladder(chapter, ladder);
+    if (!status && chapter->after)
+        status = chapter->after();
+    return status;
+}
+
+int fmoe_chapter_main(const fmoe_chapter *chapter, int argc, char **argv) {
+    int status = options_read(chapter, argc, argv);
+    if (status < 0)
+        status = check_cases(chapter) ? 2 : -1;
+    if (status >= 0)
+        return status;
+    char path[512];
+    if (fmoe_opt.csv)
+        snprintf(path, sizeof path, "%s", fmoe_opt.csv);
+    else
+        snprintf(path, sizeof path, "build/results/chapter%d.csv", chapter->number);
+    printf("Chapter %d: %s\n", chapter->number, chapter->title);
+    print_machine();
+    if (csv_open(chapter->number, path) != FMOE_OK) {
+        fprintf(stderr, "--csv: %s\n", fmoe_error_message());
+        return 2;
+    }
+    recorded_load(chapter->number, &recorded);
+    status = run_chapter(chapter);
+    csv_close();
+    recorded_free(&recorded);
+    if (status)
+        return status;
+    printf("\n");
+    draw_chapter(chapter, path);
+    printf("measurements: %s\n", path);
+    if (any_wrong)
+        printf("A rung is wrong: see FAILED above.\n");
+    return any_wrong;
+}
