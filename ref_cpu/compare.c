@@ -73,9 +73,10 @@ int64_t fmoe_compare_indices(int64_t T, int64_t n, int64_t K, const float *logit
                              const int32_t *expected) {
     if (T < 1 || n < 1 || K < 1)
         return -1;
-    int32_t *a = fmoe_allocate(2 * K, sizeof *a), *b = a + K;
+    int32_t *a = fmoe_allocate(2 * K, sizeof *a);
     if (!a)
         return 0;
+    int32_t *b = a + K;
     int64_t rejected = -1;
     for (int64_t t = 0; t < T && rejected < 0; t++) {
         const float *x = logits + t * n, *y = logits + (T + t) * n;

@@ -91,42 +91,38 @@ static inline uint16_t f32_to_bf16(float value) {
 }
 // [/bf16]
 
-void fmoe_to_f32(fmoe_dtype dtype, int64_t count, const void *source, float *target) {
-    const char *bytes = source; /* may not be aligned to the element size */
-    if (dtype == FMOE_F32 && count > 0) {
-        memcpy(target, source, (size_t)count * 4);
-    } else if (dtype == FMOE_F16) {
+/* Tensors from files may not be aligned to the element size, hence memcpy: it becomes one load or store. */
+static inline void widen(bool bf16, int64_t count, const char *source, float *target) {
 #pragma omp simd
-        for (int64_t i = 0; i < count; i++) {
-            uint16_t half;
-            memcpy(&half, bytes + 2 * i, 2);
-            target[i] = f16_to_f32(half);
-        }
-    } else if (dtype == FMOE_BF16) {
-#pragma omp simd
-        for (int64_t i = 0; i < count; i++) {
-            uint16_t half;
-            memcpy(&half, bytes + 2 * i, 2);
-            target[i] = bf16_to_f32(half);
-        }
+    for (int64_t i = 0; i < count; i++) {
+        uint16_t half;
+        memcpy(&half, source + 2 * i, 2);
+        target[i] = bf16 ? bf16_to_f32(half) : f16_to_f32(half);
     }
 }
 
-void fmoe_from_f32(fmoe_dtype dtype, int64_t count, const float *source, void *target) {
-    char *bytes = target;
-    if (dtype == FMOE_F32 && count > 0) {
-        memcpy(target, source, (size_t)count * 4);
-    } else if (dtype == FMOE_F16) {
+static inline void narrow(bool bf16, int64_t count, const float *source, char *target) {
 #pragma omp simd
-        for (int64_t i = 0; i < count; i++) {
-            uint16_t half = f32_to_f16(source[i]);
-            memcpy(bytes + 2 * i, &half, 2);
-        }
-    } else if (dtype == FMOE_BF16) {
-#pragma omp simd
-        for (int64_t i = 0; i < count; i++) {
-            uint16_t half = f32_to_bf16(source[i]);
-            memcpy(bytes + 2 * i, &half, 2);
-        }
+    for (int64_t i = 0; i < count; i++) {
+        uint16_t half = bf16 ? f32_to_bf16(source[i]) : f32_to_f16(source[i]);
+        memcpy(target + 2 * i, &half, 2);
     }
+}
+
+void fmoe_to_f32(fmoe_dtype dtype, int64_t count, const void *source, float *target) {
+    if (dtype == FMOE_F32 && count > 0)
+        memcpy(target, source, (size_t)count * 4);
+    else if (dtype == FMOE_F16)
+        widen(false, count, source, target);
+    else if (dtype == FMOE_BF16)
+        widen(true, count, source, target);
+}
+
+void fmoe_from_f32(fmoe_dtype dtype, int64_t count, const float *source, void *target) {
+    if (dtype == FMOE_F32 && count > 0)
+        memcpy(target, source, (size_t)count * 4);
+    else if (dtype == FMOE_F16)
+        narrow(false, count, source, target);
+    else if (dtype == FMOE_BF16)
+        narrow(true, count, source, target);
 }

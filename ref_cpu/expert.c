@@ -166,11 +166,12 @@ fmoe_status fmoe_expert_backward(int64_t T, int64_t d, int64_t N, int64_t K, con
                                  fmoe_write write, float *dx, float *ddown, float *dup, float *dweights) {
     TRY(check_expert(T, d, N, K, x, down, up, indices, weights));
     TRY(fmoe_check_pointer("dy", dy, T * d));
-    int32_t *offsets = fmoe_allocate(N + 1 + T * K, sizeof *offsets), *pairs = offsets + N + 1;
-    double *activations = fmoe_allocate(2 * T * K, sizeof *activations), *ds = activations + T * K;
-    fmoe_status status = !offsets || !activations ? fmoe_no_memory(2 * T * K, sizeof *activations)
-                                                  : fmoe_schedule(T, K, N, indices, offsets, pairs);
-    if (status == FMOE_OK) {
+    int32_t *offsets = fmoe_allocate(N + 1, sizeof *offsets), *pairs = fmoe_allocate(T * K, sizeof *pairs);
+    double *activations = fmoe_allocate(T * K, sizeof *activations), *ds = fmoe_allocate(T * K, sizeof *ds);
+    fmoe_status status = FMOE_OUT_OF_MEMORY;
+    if (!offsets || !pairs || !activations || !ds) {
+        fmoe_no_memory(T * K, sizeof *ds);
+    } else if ((status = fmoe_schedule(T, K, N, indices, offsets, pairs)) == FMOE_OK) {
         backward_pairs(T, d, K, x, down, up, indices, weights, dy, activations, ds, dweights);
         if (dx) /* dX = dS · W_down: like the forward pass's second phase */
             gather_up(T, d, K, down, indices, ds, dx);
@@ -180,7 +181,9 @@ fmoe_status fmoe_expert_backward(int64_t T, int64_t d, int64_t N, int64_t K, con
             gather_pairs(d, N, K, offsets, pairs, activations, dy, write, dup);
     }
     free(offsets);
+    free(pairs);
     free(activations);
+    free(ds);
     return status;
 }
 // [/expert-backward]

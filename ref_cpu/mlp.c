@@ -97,9 +97,10 @@ fmoe_status fmoe_mlp_backward(int64_t T, int64_t d, int64_t I, const float *x, c
                               float *ddown) {
     TRY(check_mlp(T, d, I, x, gate, up, down));
     TRY(fmoe_check_pointer("dy", dy, T * d));
-    double *h = fmoe_allocate(3 * T * I, sizeof *h), *dp = h + T * I, *dq = dp + T * I;
+    double *h = fmoe_allocate(3 * T * I, sizeof *h);
     if (!h)
         return fmoe_no_memory(3 * T * I, sizeof *h);
+    double *dp = h + T * I, *dq = dp + T * I;
 
 #pragma omp parallel for schedule(static)
     for (int64_t t = 0; t < T; t++) {

@@ -191,10 +191,11 @@ static fmoe_status check_rows(int64_t rows, int64_t n) {
 // [log-sum-exp]
 /* log Σ exp z. The largest logit is taken out first, so that exp cannot overflow. NaN if a logit is NaN or +∞. */
 double fmoe_log_sum_exp(int64_t n, const float *z) {
-    double largest = -INFINITY, sum = 0;
-    for (int64_t i = 0; i < n; i++)
+    double largest = z[0];
+    for (int64_t i = 1; i < n; i++)
         largest = z[i] > largest ? z[i] : largest;
-    for (int64_t i = 0; i < n; i++)
+    double sum = exp(z[0] - largest);
+    for (int64_t i = 1; i < n; i++)
         sum += exp(z[i] - largest);
     return largest + log(sum);
 }

@@ -128,13 +128,13 @@ fmoe_status fmoe_topk_at(int64_t T, int64_t n, int64_t K, bool norm_topk_prob, c
     TRY(fmoe_check_pointer("router_logits", logits, 2 * T * n));
     TRY(fmoe_check_pointer("indices", indices, T * K));
     TRY(fmoe_check_indices(T, K, indices, "n²", n * n));
-    double *scratch = fmoe_allocate(omp_get_max_threads() * 2 * K, sizeof *scratch);
+    double *scratch = fmoe_allocate(2 * K * omp_get_max_threads(), sizeof *scratch);
     if (!scratch)
-        return fmoe_no_memory(omp_get_max_threads() * 2 * K, sizeof *scratch);
+        return fmoe_no_memory(2 * K * omp_get_max_threads(), sizeof *scratch);
 
 #pragma omp parallel for schedule(static)
     for (int64_t t = 0; t < T; t++) {
-        double *score = scratch + omp_get_thread_num() * 2 * K, *weight = score + K;
+        double *score = scratch + 2 * K * omp_get_thread_num(), *weight = score + K;
         scores_and_weights(n, K, norm_topk_prob, logits + t * n, logits + (T + t) * n, indices + t * K, score, weight);
         store(K, score, scores ? scores + t * K : NULL);
         store(K, weight, weights ? weights + t * K : NULL);
