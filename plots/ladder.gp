@@ -16,13 +16,14 @@ last = ''
 cases = 0
 group(i) = strcol(2).'  '.strcol(3)
 ms(i) = is_wanted(strcol(2)) && $8 > 0 ? $8 : NaN
+floor_ms(i) = strlen(strcol(14)) > 0 ? real(strcol(14)) : NaN
 count(i) = (is_wanted(strcol(2)) && group(0) ne last ? (cases = cases + 1, last = group(0)) : 0, ms(0))
 stats csv every ::1 using (count(0)) name 'TIME' nooutput
 if (!exists('TIME_records') || TIME_records == 0) {
     print 'nothing to draw in '.csv
     exit
 }
-stats csv every ::1 using (is_wanted(strcol(2)) && $14 > 0 ? $14 : 1e300) name 'FLOOR' nooutput
+stats csv every ::1 using (is_wanted(strcol(2)) && floor_ms(0) > 0 ? floor_ms(0) : 1e300) name 'FLOOR' nooutput
 lowest = FLOOR_min < TIME_min ? FLOOR_min : TIME_min
 stats csv every ::1 using (is_wanted(strcol(2)) ? strlen(strcol(4)) : NaN) name 'LABEL' nooutput
 stats csv every ::1 using (is_wanted(strcol(2)) && strcol(6) eq 'cuda' ? 1 : 0) name 'CUDA' nooutput
@@ -77,14 +78,14 @@ advanced = 0xe69f00
 hopper = 0x7b4ea3
 colour(i) = strcol(6) eq 'cpu' ? cpu : strcol(5) eq 'core' ? core : strcol(5) eq 'advanced' ? advanced : hopper
 set style fill solid 1 noborder
-key_of(text) = exists('CUDA_records') && CUDA_records > 0 ? text : ''
-set key outside top center horizontal maxrows 1
+key_of(text) = CUDA_max > 0 ? text : ''
+set key outside top center horizontal maxrows 1 samplen 2 width -2
 plot row = 0, last = '', \
      csv every ::1 using (low):(y = place(0)):(low):(ms(0)):(y - 0.36):(y + 0.36):(colour(0)):ytic(4) with boxxyerror lc rgb variable notitle, \
      row = 0, last = '', \
      csv every ::1 using (ms(0)):(place(0)):(label_of_ms($8)) with labels left offset 0.6, 0 notitle, \
      row = 0, last = '', \
-     csv every ::1 using ($14 > 0 ? $14 : NaN):(place(0) - 0.36):(0):(0.72) with vectors nohead lc black lw 2 notitle, \
+     csv every ::1 using (floor_ms(0) > 0 ? floor_ms(0) : NaN):(place(0) - 0.36):(0):(0.72) with vectors nohead lc black lw 2 notitle, \
      row = 0, last = '', \
      csv every ::1 using (low):(header(0)):(group(0)) with labels left font ':Bold' offset -LABEL_max - 1, 0 notitle, \
      keyentry with boxes lc rgb cpu title key_of('CPU'), \
