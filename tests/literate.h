@@ -40,7 +40,7 @@ const char *because(const char *format, ...) __attribute__((format(printf, 1, 2)
 
 /* names: "T n K", one word a size. Fails the sentence at the first row that does not hold. */
 void for_sizes(const char *names, property *holds, const int64_t (*rows)[MAX_SIZES], size_t num_rows);
-/* The same, plus `random` more rows with each size drawn between the row minimum and maximum given. */
+/* The same for `random` rows, each size drawn between low and high; rows that make no case are drawn again. */
 void for_random_sizes(const char *names, property *holds, int64_t random, const int64_t *low, const int64_t *high);
 
 /* For sentences without sizes: fails with the text unless ok; each call counts as a case. */
@@ -55,13 +55,16 @@ const char *rungs_agree(const fmoe_step *step, const fmoe_rung *rungs, uint64_t 
 const char *rungs_repeat(const fmoe_step *step, const fmoe_rung *rungs, uint64_t seed, const char *case_format, ...)
     __attribute__((format(printf, 4, 5)));
 
-void literate_register(int chapter, int number, const char *sentence, const char *why, const char *against);
+/* Names the test so that Criterion, which sorts by name, keeps reading order, and keeps its texts for main.c. */
+void literate_register(struct criterion_test *test, int chapter, int number, const char *sentence, const char *why,
+                       const char *against);
 
-/* One Criterion test, s1 in suite chapter3, with its texts registered before main. */
+/* One Criterion test, s1 in suite chapter3, registered before main. A number used twice does not link. */
 #define SENTENCE(ch, num, sentence, why, against)                                                                      \
+    extern struct criterion_test CR_IDENTIFIER_(chapter##ch, s##num, meta);                                            \
     __attribute__((constructor)) static void literate_##ch##_##num(void) {                                             \
-        literate_register(ch, num, sentence, why, against);                                                            \
+        literate_register(&CR_IDENTIFIER_(chapter##ch, s##num, meta), ch, num, sentence, why, against);                \
     }                                                                                                                  \
-    Test(chapter##ch, s##num, .description = sentence)
+    Test(chapter##ch, s##num)
 
 #endif
