@@ -16,10 +16,14 @@ static bool have_gnuplot(void) {
 
 /* svg is "" for the terminal. False if gnuplot failed. */
 static bool run_script(const fmoe_chapter *chapter, const char *script, const char *csv, const char *svg) {
-    char command[2048];
+    char command[2048], ops[256] = "";
+    for (const fmoe_ladder *ladder = chapter->ladders; ladder && ladder->step; ladder++) {
+        size_t used = strlen(ops);
+        snprintf(ops + used, sizeof ops - used, "%s%s", used ? " " : "", ladder->step->op);
+    }
     snprintf(command, sizeof command,
-             "gnuplot -e \"csv='%s'; svg='%s'; chapter=%d; title='Chapter %d: %s'\" plots/%s 2>&1", csv, svg,
-             chapter->number, chapter->number, chapter->title, script);
+             "gnuplot -e \"csv='%s'; svg='%s'; ops='%s'; title='Chapter %d: %s'\" plots/%s 2>&1", csv, svg, ops,
+             chapter->number, chapter->title, script);
     return system(command) == 0;
 }
 

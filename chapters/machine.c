@@ -1,4 +1,4 @@
-/* The machine's ceilings: how fast it copies, gathers, multiplies and forks. Every floor is computed from them. */
+/* The machine: its name, and its ceilings, measured once and then read back. Every floor is computed from them. */
 #include "program.h"
 
 #include <ctype.h>
@@ -78,140 +78,6 @@ void machine_clocks(char *text, size_t size) {
         snprintf(text, size, "unknown");
 }
 
-/* ---- Measuring --------------------------------------------------------------------------------------------------- */
-
-enum { ROW_FLOATS = 256, ROW_BYTES = 1024, GATHER_ROWS = 16384, SAMPLES = 5 };
-static const double gather_sizes_mb[] = {0.25, 1, 4, 16, 64, 256};
-enum { GATHER_SIZES = sizeof gather_sizes_mb / sizeof gather_sizes_mb[0] };
-
-/* The widest vector of the machine compiled for, in bytes. */
-#if defined(__AVX512F__)
-#define VECTOR 64
-#elif defined(__AVX__)
-#define VECTOR 32
-#else
-#define VECTOR 16
-#endif
-typedef float vector __attribute__((vector_size(VECTOR)));
-enum { LANES = VECTOR / sizeof(float) };
-
-static volatile float sink; /* results go here so that the compiler cannot leave the work out */
-
-/* [copy] */
-/* Half of the buffer to the other half, a contiguous share a thread. Returns GB/s, read and written. */
-static double copy_once(float *buffer, int64_t count) {
-    int64_t half = count / 2;
-    double start = fmoe_now_ms();
-#pragma omp parallel for simd schedule(static)
-    for (int64_t i = 0; i < half; i++)
-        buffer[half + i] = buffer[i];
-    return 2.0 * (double)half * sizeof *buffer / (fmoe_now_ms() - start) * 1e-6;
-}
-/* [/copy] */
-
-/* [gather] */
-/* Sums random rows of 1 KB; nothing links one row's address to another, so many loads are in flight. */
-static float gather_rows(const float *table, uint32_t num_rows, int rows, uint32_t seed) {
-    vector sum[4] = {0};
-    uint32_t state = seed;
-    for (int i = 0; i < rows; i++) {
-        state = state * 1664525u + 1013904223u; /* Numerical Recipes' generator: its high bits will do */
-        const float *row = table + ((uint64_t)state * num_rows >> 32) * ROW_FLOATS;
-        for (int c = 0; c < ROW_FLOATS / LANES; c++)
-            sum[c % 4] += ((const vector *)row)[c];
-    }
-    return (sum[0] + sum[1] + sum[2] + sum[3])[0];
-}
-/* [/gather] */
-
-/* GB/s of all threads together, each gathering from the whole table. Never the same rows twice in a row: those of the
- * last call are still in some cache. */
-static double gather_once(const float *table, uint32_t num_rows, int rows) {
-    static uint32_t seed;
-    seed += 104729;
-    float total = 0;
-    double start = fmoe_now_ms();
-#pragma omp parallel reduction(+ : total)
-    total += gather_rows(table, num_rows, rows, seed + 7919u * (uint32_t)omp_get_thread_num());
-    double ms = fmoe_now_ms() - start;
-    sink = total;
-    return (double)rows * ROW_BYTES * omp_get_max_threads() / ms * 1e-6;
-}
-
-/* [fma] */
-/* Ten independent chains of a·b + c a thread: enough to hide the latency of one, few enough for the registers. */
-enum { CHAINS = 10 };
-static float fma_chains(int steps, float seed) {
-    vector sum[CHAINS], b = {0}, c = {0};
-    b += 0.999f;
-    c += seed;
-    for (int i = 0; i < CHAINS; i++)
-        sum[i] = c * (float)i;
-    for (int s = 0; s < steps; s++)
-        for (int i = 0; i < CHAINS; i++)
-            sum[i] = sum[i] * b + c;
-    vector all = sum[0];
-    for (int i = 1; i < CHAINS; i++)
-        all += sum[i];
-    return all[0];
-}
-/* [/fma] */
-
-static double fma_once(int steps) {
-    float total = 0;
-    double start = fmoe_now_ms();
-#pragma omp parallel reduction(+ : total)
-    total += fma_chains(steps, 1e-3f);
-    double ms = fmoe_now_ms() - start;
-    sink = total;
-    return 2.0 * steps * CHAINS * LANES * omp_get_max_threads() / ms * 1e-6;
-}
-
-static double fork_join_once(int regions) {
-    double start = fmoe_now_ms();
-    for (int i = 0; i < regions; i++) {
-#pragma omp parallel
-        __asm__ volatile("" ::: "memory"); /* a region the compiler may not remove */
-    }
-    return (fmoe_now_ms() - start) * 1e3 / regions;
-}
-
-/* Other programs can only slow a sample down, so the best one is nearest to what the machine can do. */
-static void measure_memory(fmoe_ceilings *m) {
-    int sizes = GATHER_SIZES;
-    float *table = NULL;
-    while (sizes > 0 && posix_memalign((void **)&table, 4096, (size_t)(gather_sizes_mb[sizes - 1] * 1e6)))
-        sizes--; /* too large for this machine */
-    if (sizes == 0)
-        return;
-    int64_t count = (int64_t)(gather_sizes_mb[sizes - 1] * 1e6 / sizeof *table);
-#pragma omp parallel for schedule(static)
-    for (int64_t i = 0; i < count; i++)
-        table[i] = 1;
-    for (int s = 0; s < SAMPLES; s++)
-        m->copy_gbs = fmax(m->copy_gbs, copy_once(table, count));
-    for (int size = 0; size < sizes; size++) {
-        uint32_t num_rows = (uint32_t)(gather_sizes_mb[size] * 1e6 / ROW_BYTES);
-        gather_once(table, num_rows, GATHER_ROWS); /* brings the table into the caches that hold it */
-        for (int s = 0; s < 4 * SAMPLES; s++)
-            m->gather_gbs[size] = fmax(m->gather_gbs[size], gather_once(table, num_rows, GATHER_ROWS));
-        m->gather_mb[size] = gather_sizes_mb[size];
-    }
-    m->num_gather = sizes;
-    free(table);
-}
-
-static void measure(fmoe_ceilings *m) {
-    fmoe_progress("measuring this machine's ceilings");
-    measure_memory(m);
-    for (int s = 0; s < 2 * SAMPLES; s++)
-        m->fma_gflops = fmax(m->fma_gflops, fma_once(1000000));
-    m->fork_join_us = INFINITY;
-    for (int s = 0; s < SAMPLES; s++)
-        m->fork_join_us = fmin(m->fork_join_us, fork_join_once(1000));
-    fmoe_progress("%s", "");
-}
-
 /* ---- Cache ------------------------------------------------------------------------------------------------------- */
 
 void make_folders(const char *path) {
@@ -269,10 +135,28 @@ static bool cache_read(fmoe_ceilings *m) {
 
 static fmoe_ceilings machine;
 
-const fmoe_ceilings *machine_measure_again(void) {
+/* Other programs can only slow a run down, so the fastest one is nearest to what the machine can do. */
+static void set_ceilings(const ceiling_list *list, fmoe_ceilings *m) {
+    for (int i = 0; i < list->count; i++) {
+        const measured_ceiling *c = &list->all[i];
+        if (!strcmp(c->op, "copy")) {
+            m->copy_gbs = c->work.bytes / c->timing.min_ms * 1e-6;
+        } else if (!strcmp(c->op, "gather")) {
+            m->gather_mb[m->num_gather] = c->mb;
+            m->gather_gbs[m->num_gather++] = c->work.bytes / c->timing.min_ms * 1e-6;
+        } else if (!strcmp(c->op, "fma")) {
+            m->fma_gflops = c->work.flops / c->timing.min_ms * 1e-6;
+        } else {
+            m->fork_join_us = c->timing.min_ms * 1e3;
+        }
+    }
+}
+
+const fmoe_ceilings *machine_measure_again(ceiling_list *list) {
     machine = (fmoe_ceilings){0};
     name_machine(&machine);
-    measure(&machine);
+    ceilings_measure(list);
+    set_ceilings(list, &machine);
     cache_write(&machine);
     return &machine;
 }
@@ -282,7 +166,8 @@ const fmoe_ceilings *fmoe_machine_ceilings(void) {
         return &machine;
     machine = (fmoe_ceilings){0};
     name_machine(&machine);
-    return cache_read(&machine) ? &machine : machine_measure_again();
+    ceiling_list list;
+    return cache_read(&machine) ? &machine : machine_measure_again(&list);
 }
 
 double fmoe_gather_gbs(const fmoe_ceilings *ceilings, double table_bytes) {

@@ -25,10 +25,30 @@ void workspace_free(workspace *w);
 fmoe_status rung_supports(const fmoe_rung *rung, const fmoe_problem *p, char *why);
 size_t rung_workspace(const fmoe_rung *rung, const fmoe_problem *p);
 
+/* timing.c: one warm-up, then runs until the budget is spent, within these numbers of them. */
+fmoe_timing time_runs(void (*call)(void *), void *context, int at_least, int at_most, double budget_ms);
+
+/* ceilings.c: each a timing of a known amount of work. */
+typedef struct {
+    const char *op; /* copy, gather, fma, fork_join */
+    char case_name[32];
+    double mb; /* the table's size, for gather */
+    fmoe_timing timing;
+    fmoe_work work;
+} measured_ceiling;
+
+typedef struct {
+    int count;
+    measured_ceiling all[16];
+} ceiling_list;
+
+void ceilings_measure(ceiling_list *list);
+
 /* machine.c */
-const fmoe_ceilings *machine_measure_again(void); /* fmoe_machine_ceilings without the cached file */
-void machine_clocks(char *text, size_t size);     /* "2600 to 3700 MHz" as the system reports them now */
-void make_folders(const char *path);              /* the folders a file's path needs; existing ones are fine */
+/* fmoe_machine_ceilings without the cached file; the list receives what was measured. */
+const fmoe_ceilings *machine_measure_again(ceiling_list *list);
+void machine_clocks(char *text, size_t size); /* "2600 to 3700 MHz" as the system reports them now */
+void make_folders(const char *path);          /* the folders a file's path needs; existing ones are fine */
 
 /* csv.c: a row of the recorded data, as read or as measured. */
 typedef struct {

@@ -1,5 +1,5 @@
 /* Time: a clock that never jumps, one warm-up, and the median of the runs after it. */
-#include "chapter.h"
+#include "program.h"
 
 #include <stdlib.h>
 #include <time.h>
@@ -15,13 +15,13 @@ static int by_value(const void *a, const void *b) {
     return (x > y) - (x < y);
 }
 
-enum { MIN_RUNS = 3, MAX_RUNS = 200 };
+enum { MAX_RUNS = 200 };
 
-fmoe_timing fmoe_time(void (*call)(void *), void *context) {
-    double budget_ms = fmoe_opt.quick ? 100 : 400, spent_ms = 0, ms[MAX_RUNS];
+fmoe_timing time_runs(void (*call)(void *), void *context, int at_least, int at_most, double budget_ms) {
+    double spent_ms = 0, ms[MAX_RUNS];
     int runs = 0;
     call(context);
-    while (runs < MIN_RUNS || (runs < MAX_RUNS && spent_ms < budget_ms)) {
+    while (runs < at_least || (runs < at_most && spent_ms < budget_ms)) {
         double start = fmoe_now_ms();
         call(context);
         ms[runs] = fmoe_now_ms() - start;
@@ -30,4 +30,8 @@ fmoe_timing fmoe_time(void (*call)(void *), void *context) {
     qsort(ms, (size_t)runs, sizeof *ms, by_value);
     double median = runs % 2 ? ms[runs / 2] : 0.5 * (ms[runs / 2 - 1] + ms[runs / 2]);
     return (fmoe_timing){.median_ms = median, .min_ms = ms[0], .max_ms = ms[runs - 1], .runs = runs};
+}
+
+fmoe_timing fmoe_time(void (*call)(void *), void *context) {
+    return time_runs(call, context, 3, MAX_RUNS, fmoe_opt.quick ? 100 : 400);
 }
