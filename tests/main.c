@@ -300,6 +300,7 @@ int main(void) {
     choose_seed();
     fflush(stdout);
     open_report();
+    setenv("OMP_WAIT_POLICY", "passive", 0); /* threads that outnumber the cores must not spin */
     struct criterion_test_set *set = criterion_initialize();
     criterion_options.logger = &logger;
     criterion_options.jobs = 1; /* the code under test has threads of its own */
