@@ -290,11 +290,8 @@ static bool openblas_available(void) {
     if (openblas.tried)
         return openblas.sgemm && openblas.set_threads;
     openblas.tried = true;
-#if defined(__x86_64__)
-    /* Older releases do not know AMD's processors with AVX-512 and take their AVX2 kernels; newer ones take these. */
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_is("amd"))
-        setenv("OPENBLAS_CORETYPE", "SkylakeX", 0);
-#endif
+    /* It picks its kernels for this processor, unless the environment names another one: no fair baseline then. */
+    unsetenv("OPENBLAS_CORETYPE");
     void *library = dlopen("libopenblas.so.0", RTLD_NOW | RTLD_LOCAL);
     if (!library)
         return false;
@@ -326,6 +323,7 @@ static fmoe_status openblas_run(const void *args, void *workspace, size_t worksp
     openblas.set_threads(omp_get_max_threads());
     openblas.sgemm(ROW_MAJOR, NO_TRANSPOSE, TRANSPOSE, T, I, d, 1, a->x, d, a->gate, d, 0, gate, I);
     openblas.sgemm(ROW_MAJOR, NO_TRANSPOSE, TRANSPOSE, T, I, d, 1, a->x, d, a->up, d, 0, up, I);
+    /* By one thread: OpenMP's threads would still be spinning on the cores that OpenBLAS's own need next. */
     for (int64_t i = 0; i < a->T * a->I; i++)
         gate[i] = silu(gate[i]) * up[i];
     openblas.sgemm(ROW_MAJOR, NO_TRANSPOSE, TRANSPOSE, T, d, I, 1, gate, I, a->down, I, 0, a->y, d);

@@ -1,7 +1,7 @@
 #include "../steps.h"
 
 static const char *const cases[] = {"T256-d256-I1024-f32", "T1024-d512-I2048-f32", "T1024-d512-I2048-bf16",
-                                    "T1-d1024-I4096-f32", NULL};
+                                    "T1-d1024-I4096-f32",  "T1-d1024-I4096-bf16",  NULL};
 static const char *const quick_cases[] = {"T64-d256-I1024-f32", "T256-d256-I1024-bf16", "T1-d1024-I4096-f32", NULL};
 
 static const fmoe_ladder ladders[] = {{&fmoe_step_mlp, chapter6_rungs, cases, quick_cases}, {.step = NULL}};
