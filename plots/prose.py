@@ -1,0 +1,157 @@
+"""What the texts quote: code, recorded figures and test sentences, put into the Markdown files by cog.
+
+    <!-- [[[cog snippet("ref_cpu/topk.c", "staircase") ]]] -->
+    <!-- [[[end]]] -->
+
+`make prose` fills the blocks in, `make check` fails if one is out of step with what it quotes.
+Run as a program it checks the links: python3 plots/prose.py FILE.md...
+"""
+
+import csv
+import itertools
+import os
+import re
+import sys
+import textwrap
+from decimal import Decimal
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LANGUAGES = {".c": "c", ".h": "c", ".cu": "cuda", ".cuh": "cuda", ".py": "python", ".sh": "sh", ".gp": "gnuplot"}
+
+
+def put(text):
+    import cog  # exists only while cog runs a block
+
+    cog.outl(text)
+
+
+def link(path):
+    """A Markdown link to a file of the repository, relative to the text it stands in."""
+    import cog
+
+    return f"[{path}]({os.path.relpath(ROOT / path, (ROOT / cog.inFile).parent)})"
+
+
+# ---- Code -----------------------------------------------------------------------------------------------------------
+
+
+def snippet(path, region):
+    """The lines between `// [region]` and `// [/region]`."""
+    lines = (ROOT / path).read_text().splitlines()
+    marks = [line.strip() for line in lines]
+    first, last = f"// [{region}]", f"// [/{region}]"
+    if marks.count(first) != 1 or marks.count(last) != 1 or marks.index(last) < marks.index(first):
+        raise ValueError(f"{path} needs one {first} and then one {last}")
+    kept = lines[marks.index(first) + 1 : marks.index(last)]
+    kept = [line for line in kept if not re.fullmatch(r"\s*// \[/?[\w-]+\]", line)]
+    code = textwrap.dedent("\n".join(kept)).strip("\n")
+    put(f"{link(path)}:\n\n```{LANGUAGES.get(Path(path).suffix, '')}\n{code}\n```")
+
+
+# ---- Recorded figures -----------------------------------------------------------------------------------------------
+
+
+def recorded(chapter):
+    """The chapter's rows from the first device with CPU figures, one without CUDA figures if there is one."""
+    choices = []
+    for path in sorted(ROOT.glob(f"plots/data/*/chapter{chapter}.csv")):
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(line for line in file if not line.startswith("#")))
+        backends = {row["backend"] for row in rows}
+        if "cpu" in backends:
+            choices.append(("cuda" in backends, path, [row for row in rows if row["backend"] == "cpu"]))
+    if not choices:
+        return None, []
+    _, path, rows = min(choices, key=lambda choice: choice[:2])
+    return path.relative_to(ROOT), rows
+
+
+def number(text):
+    return float(text) if text else float("nan")
+
+
+def digits(value, count=3):
+    """A number with `count` significant digits and no exponent."""
+    return f"{Decimal(f'{value:.{count - 1}e}'):f}" if value == value else ""
+
+
+def ladder_table(rows):
+    lines = ["| rung | time (ms) | × the one before | × the first | of the floor | error |", "| --- |" + " --: |" * 5]
+    before = first = None
+    for row in rows:
+        time = number(row["median_ms"])
+        floor = number(row["floor_ms"]) / time
+        cells = [
+            row["variant"],
+            digits(time),
+            digits(before / time, 2) if before else "",
+            digits(first / time, 2) if first else "",
+            digits(100 * floor, 1 if floor < 0.1 else 2) + " %" if floor == floor else "",
+            f"{number(row['rel_err']):.1e}" if number(row["rel_err"]) else "0",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+        before, first = time, first or time
+    return "\n".join(lines)
+
+
+def ladder(chapter, op, case=None):
+    """A table a case, rungs in the order they were measured in."""
+    path, rows = recorded(chapter)
+    rows = [row for row in rows if row["op"] == op and case in (None, row["case"])]
+    if not rows:
+        where = f" at `{case}`" if case else ""
+        how = f"`make chapter{chapter} && ./chapter{chapter}`"
+        put(f"*No figures of `{op}`{where} are recorded yet; {how} measures them.*")
+        return
+    text = []
+    for name, group in itertools.groupby(rows, key=lambda row: row["case"]):
+        group = list(group)
+        where = f"{group[0]['device']}, {group[0]['date']}"
+        text.append(f"`{op}` at `{name}` on {where} ({link(path)}):\n\n{ladder_table(group)}")
+    put("\n\n".join(text))
+
+
+# ---- Test sentences -------------------------------------------------------------------------------------------------
+
+STRING = r'(?:"(?:[^"\\]|\\.)*"\s*)+'
+SENTENCE = re.compile(rf"SENTENCE\(\s*(\d+)\s*,\s*(\d+)\s*,\s*({STRING}),\s*({STRING}),\s*({STRING})\)")
+
+
+def c_string(literal):
+    parts = re.findall(r'"((?:[^"\\]|\\.)*)"', literal)
+    return re.sub(r"\\(.)", r"\1", "".join(parts))
+
+
+def sentences(chapter):
+    """What the tests promise, by number."""
+    found = {}
+    for path in sorted(ROOT.glob("tests/*.c")):
+        for match in SENTENCE.finditer(path.read_text()):
+            if int(match[1]) == chapter:
+                found[int(match[2])] = [c_string(match[i]) for i in (3, 4, 5)]
+    if not found:
+        put(f"*No sentence has a number in chapter {chapter} yet.*")
+        return
+    lines = []
+    for n, (text, why, against) in sorted(found.items()):
+        lines.append(f"* **{chapter}.{n}** {text} *Why:* {why}. *Against:* {against}.")
+    put("\n".join(lines))
+
+
+# ---- Links ----------------------------------------------------------------------------------------------------------
+
+
+def broken_links(path):
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", Path(path).read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\(<?([^)\s>]+)>?[^)]*\)", text):
+        if re.match(r"[a-z]+:|#", target):
+            continue
+        if not (Path(path).parent / target.split("#")[0]).exists():
+            yield target
+
+
+if __name__ == "__main__":
+    broken = [f"{path}: no such file: {target}" for path in sys.argv[1:] for target in broken_links(path)]
+    print("\n".join(broken), end="\n" if broken else "")
+    sys.exit(bool(broken))
