@@ -43,7 +43,7 @@ static fmoe_status whole_number(const golden *g, const char *key, int64_t low, i
 static fmoe_status check_said(const golden *g, const char *key, int64_t actual) {
     if (!fmoe_file_metadata(g->file, key))
         return FMOE_OK;
-    int64_t said;
+    int64_t said = 0;
     TRY(whole_number(g, key, 0, INT64_MAX, &said));
     if (said != actual)
         return fmoe_fail(FMOE_BAD_FILE, "%s: metadata %s = %lld, its tensors say %lld", g->path, key, (long long)said,
