@@ -1,0 +1,514 @@
+/* Chapter 2: router norm and logits. */
+#include "literate.h"
+
+#include <math.h>
+#include <omp.h>
+#include <stdlib.h>
+#include <string.h>
+
+static void release(void *pointer) {
+    free(*(void **)pointer);
+}
+#define OWNED __attribute__((cleanup(release)))
+
+/* Exactly as many floats as are needed, filled with NaN, so that what is not written shows. */
+static float *floats(int64_t count) {
+    float *values = malloc((size_t)count * sizeof *values + 1);
+    cr_assert_not_null(values);
+    for (int64_t i = 0; i < count; i++)
+        values[i] = NAN;
+    return values;
+}
+
+static float *normals(uint64_t seed, uint64_t stream, float scale, int64_t count) {
+    float *values = floats(count);
+    for (int64_t i = 0; i < count; i++)
+        values[i] = scale * fmoe_random_normal(seed, stream, (uint64_t)i);
+    return values;
+}
+
+static float *filled(float value, int64_t count) {
+    float *values = floats(count);
+    for (int64_t i = 0; i < count; i++)
+        values[i] = value;
+    return values;
+}
+
+static long double *zeros(int64_t count) {
+    long double *values = malloc((size_t)count * sizeof *values + 1);
+    cr_assert_not_null(values);
+    for (int64_t i = 0; i < count; i++)
+        values[i] = 0;
+    return values;
+}
+
+/* Mean and sum of squared deviations of a column, two passes in long double. */
+static long double column_mean(int64_t T, int64_t d, int64_t h, const float *x) {
+    long double sum = 0;
+    for (int64_t t = 0; t < T; t++)
+        sum += x[t * d + h];
+    return sum / T;
+}
+
+static long double column_squares(int64_t T, int64_t d, int64_t h, const float *x) {
+    long double mean = column_mean(T, d, h, x), sum = 0;
+    for (int64_t t = 0; t < T; t++)
+        sum += (x[t * d + h] - mean) * (x[t * d + h] - mean);
+    return sum;
+}
+
+/* Two roundings of a value whose neighbours are of size `scale`. */
+static bool close_to(double out, long double ref, double scale) {
+    return fabsl(out - ref) <= 2.5e-7L * (fabsl(ref) + scale);
+}
+
+static const char *check_normalised(int64_t T, int64_t d, const float *x, const float *x_hat, double tolerance) {
+    for (int64_t h = 0; h < d; h++) {
+        long double mean = column_mean(T, d, h, x), var = column_squares(T, d, h, x) / T;
+        for (int64_t t = 0; t < T; t++) {
+            long double ref = (x[t * d + h] - mean) / sqrtl(var + 1e-5L);
+            if (!(fabsl(x_hat[t * d + h] - ref) <= tolerance * (1 + fabsl(ref))))
+                return because("token %d, unit %d: %.9g, should be %.9Lg", (int)t, (int)h, x_hat[t * d + h], ref);
+        }
+    }
+    return HOLDS;
+}
+
+static const char *normalises(const int64_t *size, uint64_t seed) {
+    int64_t T = size[0], d = size[1];
+    float *x OWNED = normals(seed, 0, 2, T * d), *x_hat OWNED = floats(T * d);
+    float *mean OWNED = filled(0, d), *var OWNED = filled(1, d);
+    for (int64_t i = 0; i < T * d; i++)
+        x[i] += (float)(i % d % 5);
+    if (T < 2)
+        return DOES_NOT_APPLY;
+    if (fmoe_router_norm(true, T, d, x, mean, var, x_hat) != FMOE_OK)
+        return because("%s", fmoe_error_message());
+    return check_normalised(T, d, x, x_hat, 2.5e-7);
+}
+
+SENTENCE(2, 1, "In training every hidden unit is divided by its own batch's deviation: biased variance, eps inside.",
+         "the definition", "two passes in long double") {
+    for_sizes("T d", normalises, SIZES({2, 1}, {2, 7}, {3, 64}, {29, 72}, {130, 65}, {1000, 3}));
+}
+
+static const char *buffers_move(const int64_t *size, uint64_t seed) {
+    int64_t T = size[0], d = size[1], steps = size[2];
+    if (T < 2)
+        return DOES_NOT_APPLY;
+    float *mean OWNED = normals(seed, 1, 1, d), *var OWNED = filled(2, d), *x_hat OWNED = floats(T * d);
+    float *first_mean OWNED = floats(d), *first_var OWNED = filled(2, d);
+    long double *mean_part OWNED = zeros(d), *var_part OWNED = zeros(d);
+    memcpy(first_mean, mean, (size_t)d * sizeof(float));
+    for (int64_t s = 0; s < steps; s++) {
+        float *x OWNED = normals(seed, 2 + (uint64_t)s, 3, T * d);
+        if (fmoe_router_norm(true, T, d, x, mean, var, x_hat) != FMOE_OK)
+            return because("%s", fmoe_error_message());
+        long double share = 0.1L * powl(0.9L, (long double)(steps - 1 - s));
+        for (int64_t h = 0; h < d; h++) {
+            mean_part[h] += share * column_mean(T, d, h, x);
+            var_part[h] += share * column_squares(T, d, h, x) / (T - 1);
+        }
+    }
+    long double kept = powl(0.9L, (long double)steps);
+    for (int64_t h = 0; h < d; h++) {
+        if (!close_to(mean[h], kept * first_mean[h] + mean_part[h], (double)steps))
+            return because("running_mean[%d] = %.9g after %d steps", (int)h, mean[h], (int)steps);
+        if (!close_to(var[h], kept * first_var[h] + var_part[h], (double)steps))
+            return because("running_var[%d] = %.9g, should be %.9Lg", (int)h, var[h],
+                           kept * first_var[h] + var_part[h]);
+    }
+    return HOLDS;
+}
+
+SENTENCE(2, 2,
+         "After s steps the running buffers hold 0.9^s of the first value and 0.1·0.9^(s−i) of batch i, unbiased.",
+         "momentum 0.1, and T − 1 in the variance", "the closed form in long double") {
+    for_sizes("T d steps", buffers_move, SIZES({2, 1, 1}, {2, 3, 4}, {7, 13, 10}, {65, 70, 3}));
+}
+
+static const char *evaluation_reads(const int64_t *size, uint64_t seed) {
+    int64_t T = size[0], d = size[1];
+    float *x OWNED = normals(seed, 0, 1, T * d), *x_hat OWNED = floats(T * d);
+    float *mean OWNED = normals(seed, 1, 2, d), *var OWNED = normals(seed, 2, 1, d);
+    for (int64_t h = 0; h < d; h++)
+        var[h] = fabsf(var[h]) * 1e-4f; /* small enough for eps to matter */
+    float *mean_before OWNED = floats(d), *var_before OWNED = floats(d);
+    memcpy(mean_before, mean, (size_t)d * sizeof(float));
+    memcpy(var_before, var, (size_t)d * sizeof(float));
+    if (fmoe_router_norm(false, T, d, x, mean, var, x_hat) != FMOE_OK)
+        return because("%s", fmoe_error_message());
+    if (memcmp(mean, mean_before, (size_t)d * sizeof(float)) || memcmp(var, var_before, (size_t)d * sizeof(float)))
+        return because("a running buffer moved");
+    for (int64_t i = 0; i < T * d; i++) {
+        long double ref = ((long double)x[i] - mean[i % d]) / sqrtl(var[i % d] + 1e-5L);
+        if (!close_to(x_hat[i], ref, 0))
+            return because("element %d: %.9g, should be %.9Lg", (int)i, x_hat[i], ref);
+    }
+    return HOLDS;
+}
+
+SENTENCE(2, 3, "Evaluation normalises with the running buffers and leaves their bits alone, one token included.",
+         "what a token becomes must not depend on its batch", "the formula in long double") {
+    for_sizes("T d", evaluation_reads, SIZES({1, 1}, {1, 72}, {29, 7}, {5, 200}));
+}
+
+static const char *constant_becomes_zero(const int64_t *size, uint64_t seed) {
+    int64_t T = size[0], d = size[1];
+    if (T < 2)
+        return DOES_NOT_APPLY;
+    float *x OWNED = floats(T * d), *x_hat OWNED = floats(T * d);
+    float *value OWNED = normals(seed, 0, 100, d), *mean OWNED = filled(0, d), *var OWNED = filled(1, d);
+    for (int64_t i = 0; i < T * d; i++)
+        x[i] = value[i % d];
+    if (fmoe_router_norm(true, T, d, x, mean, var, x_hat) != FMOE_OK)
+        return because("%s", fmoe_error_message());
+    for (int64_t i = 0; i < T * d; i++)
+        if (!(fabsf(x_hat[i]) <= 1e-9f))
+            return because("element %d of a constant unit is %g", (int)i, x_hat[i]);
+    for (int64_t h = 0; h < d; h++)
+        if (!(fabsf(var[h] - 0.9f) <= 1e-6f))
+            return because("running_var[%d] = %.9g, should be 0.9", (int)h, var[h]);
+    return HOLDS;
+}
+
+SENTENCE(2, 4, "A unit that is the same for every token becomes zero, not NaN.", "eps keeps 0 / 0 away",
+         "closed form") {
+    for_sizes("T d", constant_becomes_zero, SIZES({2, 1}, {7, 13}, {300, 70}));
+}
+
+static const char *far_from_zero(const int64_t *size, uint64_t seed) {
+    int64_t T = size[0], d = size[1];
+    if (T < 2)
+        return DOES_NOT_APPLY;
+    float *x OWNED = normals(seed, 0, 0.1f, T * d), *x_hat OWNED = floats(T * d);
+    float *mean OWNED = filled(0, d), *var OWNED = filled(1, d);
+    for (int64_t i = 0; i < T * d; i++)
+        x[i] += 1e4f;
+    if (fmoe_router_norm(true, T, d, x, mean, var, x_hat) != FMOE_OK)
+        return because("%s", fmoe_error_message());
+    return check_normalised(T, d, x, x_hat, 1e-6);
+}
+
+SENTENCE(2, 5, "A mean of 10,000 deviations costs the norm no digits.",
+         "the mean of squares minus the square of the mean would lose eight of them", "two passes in long double") {
+    for_sizes("T d", far_from_zero, SIZES({2, 1}, {29, 7}, {1000, 5}));
+}
+
+SENTENCE(2, 6, "A batch of one cannot be trained on, and the message says so; in evaluation it is legal.",
+         "the unbiased variance divides by T − 1", "the contract") {
+    float x[] = {1, 2}, mean[] = {0, 0}, var[] = {1, 1}, x_hat[] = {7, 7};
+    fmoe_status status = fmoe_router_norm(true, 1, 2, x, mean, var, x_hat);
+    expect(status == FMOE_BATCH_OF_ONE, "status is %s", fmoe_status_name(status));
+    expect(strstr(fmoe_error_message(), "tokens = 1"), "the message is \"%s\"", fmoe_error_message());
+    expect(mean[0] == 0 && var[1] == 1 && x_hat[0] == 7, "a failed call wrote something");
+    status = fmoe_router_norm(false, 1, 2, x, mean, var, x_hat);
+    expect(status == FMOE_OK && fabsf(x_hat[1] - 2) < 1e-4f, "evaluation: %s, %g", fmoe_status_name(status), x_hat[1]);
+    fmoe_router_args args = {.T = 1,
+                             .d = 2,
+                             .n = 1,
+                             .training = true,
+                             .x = x,
+                             .gate = x,
+                             .running_mean = mean,
+                             .running_var = var,
+                             .logits = x_hat,
+                             .log_probs = x_hat};
+    for (const fmoe_rung *rung = chapter2_rungs; rung->run; rung++) {
+        size_t bytes = (rung->workspace(&args) + 255) / 256 * 256;
+        void *workspace OWNED = aligned_alloc(256, bytes);
+        status = rung->run(&args, workspace, bytes, NULL);
+        expect(status == FMOE_BATCH_OF_ONE, "%s: status is %s", rung->name, fmoe_status_name(status));
+    }
+}
+
+static const char *projects(const int64_t *size, uint64_t seed) {
+    int64_t T = size[0], d = size[1], n = size[2];
+    float *x_hat OWNED = normals(seed, 0, 1, T * d), *gate OWNED = normals(seed, 1, 1, 2 * n * d);
+    float *logits OWNED = floats(2 * T * n);
+    if (fmoe_router_logits(T, d, n, x_hat, gate, logits) != FMOE_OK)
+        return because("%s", fmoe_error_message());
+    for (int64_t side = 0; side < 2; side++)
+        for (int64_t t = 0; t < T; t++)
+            for (int64_t key = 0; key < n; key++) {
+                long double ref = 0;
+                for (int64_t h = 0; h < d; h++)
+                    ref += (long double)x_hat[t * d + h] * gate[(side * n + key) * d + h];
+                float out = logits[side * T * n + t * n + key];
+                if (!close_to(out, ref, 1e-9 * (double)d))
+                    return because("side %d, token %d, key %d: %.9g, should be %.9Lg", (int)side, (int)t, (int)key, out,
+                                   ref);
+            }
+    return HOLDS;
+}
+
+SENTENCE(2, 7, "Logit [side, t, key] is the dot product of token t and gate row side·n + key.",
+         "the layout [2, T, n] is what every later step reads", "dot products in long double") {
+    for_sizes("T d n", projects, SIZES({1, 1, 1}, {2, 3, 1}, {3, 7, 13}, {5, 72, 4}, {2, 1000, 9}));
+}
+
+static const char *sums_to_one(const int64_t *size, uint64_t seed) {
+    int64_t rows = size[0], n = size[1];
+    float *z OWNED = normals(seed, 0, 3, rows * n), *log_p OWNED = floats(rows * n);
+    if (fmoe_log_softmax(rows, n, z, log_p) != FMOE_OK)
+        return because("%s", fmoe_error_message());
+    for (int64_t r = 0; r < rows; r++) {
+        long double sum = 0;
+        for (int64_t i = 0; i < n; i++)
+            sum += expl(log_p[r * n + i]);
+        if (!(fabsl(sum - 1) <= 1e-6L))
+            return because("row %d: the probabilities sum to %.9Lg", (int)r, sum);
+        for (int64_t i = 1; i < n; i++) {
+            long double step = (long double)z[r * n + i] - z[r * n];
+            if (!(fabsl((long double)log_p[r * n + i] - log_p[r * n] - step) <= 4e-6L))
+                return because("row %d: keys 0 and %d differ by other than their logits", (int)r, (int)i);
+        }
+    }
+    return HOLDS;
+}
+
+SENTENCE(2, 8, "The probabilities of a row sum to one, and two keys' log-probabilities differ as their logits do.",
+         "these two properties define log-softmax", "sums in long double") {
+    for_sizes("rows n", sums_to_one, SIZES({1, 1}, {2, 2}, {7, 13}, {4, 320}, {58, 3}));
+}
+
+static const char *shift_changes_nothing(const int64_t *size, uint64_t seed) {
+    int64_t rows = size[0], n = size[1];
+    float *z OWNED = floats(rows * n), *shifted OWNED = floats(rows * n);
+    float *log_p OWNED = floats(rows * n), *log_q OWNED = floats(rows * n);
+    for (int64_t i = 0; i < rows * n; i++) {
+        z[i] = (float)(fmoe_random_bits(seed, 0, (uint64_t)i) % 64) / 8;
+        shifted[i] = z[i] + 1000 * (float)(1 + i / n); /* exact: eighths below 2^20 */
+    }
+    if (fmoe_log_softmax(rows, n, z, log_p) != FMOE_OK || fmoe_log_softmax(rows, n, shifted, log_q) != FMOE_OK)
+        return because("%s", fmoe_error_message());
+    for (int64_t i = 0; i < rows * n; i++)
+        if (!(fabsf(log_p[i] - log_q[i]) <= 2e-6f))
+            return because("key %d of row %d: %.9g, shifted %.9g", (int)(i % n), (int)(i / n), log_p[i], log_q[i]);
+    return HOLDS;
+}
+
+SENTENCE(2, 9, "Adding a constant to all logits of a row changes no log-probability.",
+         "so the constant may be the largest logit, and exp cannot overflow", "the same row, shifted") {
+    for_sizes("rows n", shift_changes_nothing, SIZES({1, 1}, {3, 13}, {2, 320}));
+}
+
+static const char *without_key(const int64_t *size, uint64_t seed) {
+    int64_t n = size[0], gone = size[1];
+    if (n < 2 || gone >= n)
+        return DOES_NOT_APPLY;
+    float *z OWNED = normals(seed, 0, 2, n), *log_p OWNED = floats(n);
+    float *rest OWNED = floats(n), *log_rest OWNED = floats(n);
+    int64_t others = 0;
+    for (int64_t i = 0; i < n; i++)
+        if (i != gone)
+            rest[others++] = z[i];
+    z[gone] = -INFINITY;
+    if (fmoe_log_softmax(1, n, z, log_p) != FMOE_OK || fmoe_log_softmax(1, others, rest, log_rest) != FMOE_OK)
+        return because("%s", fmoe_error_message());
+    if (log_p[gone] != -INFINITY)
+        return because("the key's own log-probability is %g", log_p[gone]);
+    for (int64_t i = 0, j = 0; i < n; i++)
+        if (i != gone && !(fabsf(log_p[i] - log_rest[j++]) <= 1e-6f))
+            return because("key %d: %.9g with it, %.9g without", (int)i, log_p[i], log_rest[j - 1]);
+    return HOLDS;
+}
+
+SENTENCE(2, 10, "A key whose logit is −∞ has probability zero, and the others' are those of a row without it.",
+         "exp(−∞) = 0", "the row without that key") {
+    for_sizes("n gone", without_key, SIZES({2, 0}, {2, 1}, {13, 0}, {13, 12}, {40, 7}));
+}
+
+SENTENCE(2, 11, "Logits of 10^9 keep their probabilities, and logits of 3·10^38 overflow nothing.",
+         "the largest logit is taken out before exp", "closed form") {
+    float z[] = {1e9f, 1e9f, -1e9f, 3e38f, 3e38f, -3e38f, -1e4f, -1e4f, -1e4f}, log_p[9];
+    expect(fmoe_log_softmax(3, 3, z, log_p) == FMOE_OK, "%s", fmoe_error_message());
+    for (int i = 0; i < 2; i++) {
+        expect(fabsf(log_p[i] + logf(2)) < 1e-6f, "key %d of 1e9: %.9g", i, log_p[i]);
+        expect(log_p[3 + i] <= 0 && log_p[3 + i] > -1e30f, "key %d of 3e38: %.9g", i, log_p[3 + i]);
+    }
+    expect(log_p[2] == -2e9f, "−1e9 beside 1e9: %.9g", log_p[2]);
+    expect(log_p[5] == -INFINITY, "−6e38 is no float32: %.9g", log_p[5]);
+    expect(fabsf(log_p[8] + logf(3)) < 1e-6f, "three logits of −10,000: %.9g", log_p[8]);
+}
+
+static const char *row_alone(const int64_t *size, uint64_t seed) {
+    int64_t rows = size[0], n = size[1], bad = (int64_t)(seed % (uint64_t)rows), at = (int64_t)(seed / 7 % (uint64_t)n);
+    float *z OWNED = normals(seed, 0, 1, rows * n), *sound OWNED = floats(rows * n), *log_p OWNED = floats(rows * n);
+    if (fmoe_log_softmax(rows, n, z, sound) != FMOE_OK)
+        return because("%s", fmoe_error_message());
+    z[bad * n + at] = seed % 2 ? NAN : INFINITY;
+    if (fmoe_log_softmax(rows, n, z, log_p) != FMOE_OK)
+        return because("%s", fmoe_error_message());
+    for (int64_t i = 0; i < rows * n; i++) {
+        if (i / n == bad && !isnan(log_p[i]))
+            return because("key %d of the row with a %g is %g", (int)(i % n), z[bad * n + at], log_p[i]);
+        if (i / n != bad && log_p[i] != sound[i])
+            return because("row %d changed", (int)(i / n));
+    }
+    return HOLDS;
+}
+
+SENTENCE(2, 12, "A NaN or +∞ logit makes its own row NaN and touches no other.",
+         "no probabilities can be given to such a row, and other tokens are none of its business",
+         "the same rows without it") {
+    for_random_sizes("rows n", row_alone, 40, (int64_t[]){1, 1}, (int64_t[]){9, 40});
+}
+
+SENTENCE(2, 13, "Without tokens nothing is written and no running buffer moves.", "T = 0 is legal", "the contract") {
+    float mean[] = {3, 4}, var[] = {5, 6}, gate[] = {1, 1, 1, 1};
+    fmoe_status norm = fmoe_router_norm(true, 0, 2, NULL, mean, var, NULL);
+    expect(norm == FMOE_OK, "norm: %s", fmoe_error_message());
+    expect(mean[0] == 3 && mean[1] == 4 && var[0] == 5 && var[1] == 6, "a running buffer moved");
+    expect(fmoe_router_logits(0, 2, 1, NULL, gate, NULL) == FMOE_OK, "logits: %s", fmoe_error_message());
+    expect(fmoe_log_softmax(0, 2, NULL, NULL) == FMOE_OK, "log-softmax: %s", fmoe_error_message());
+    for (int train = 0; train < 2; train++) {
+        const char *wrong =
+            rungs_agree(&fmoe_step_router, chapter2_rungs, fresh_seed(), "T0-d7-n3-f32%s", train ? "-train" : "");
+        expect(wrong == HOLDS, "%s", wrong);
+    }
+}
+
+static const char *type_name(int64_t type) {
+    return fmoe_dtype_name((fmoe_dtype)type);
+}
+
+static const char *rungs_compute_it(const int64_t *size, uint64_t seed) {
+    int64_t T = size[0], d = size[1], n = size[2], type = size[3], training = size[4];
+    if (training && T == 1)
+        return DOES_NOT_APPLY;
+    return rungs_agree(&fmoe_step_router, chapter2_rungs, seed, "T%d-d%d-n%d-%s%s", (int)T, (int)d, (int)n,
+                       type_name(type), training ? "-train" : "");
+}
+
+SENTENCE(2, 14, "Every rung of the ladder computes the same step, for any sizes, types and either mode.",
+         "a faster rung is only worth its time if it is right; logits within 2e-5 for 16-bit storage too",
+         "the reference") {
+    for_sizes("T d n type training", rungs_compute_it,
+              SIZES({1, 1, 1, 0, 0}, {2, 1, 1, 0, 1}, {3, 7, 13, 1, 0}, {65, 7, 13, 2, 1}, {29, 72, 13, 0, 1},
+                    {29, 72, 13, 2, 0}, {130, 1000, 1, 1, 1}, {67, 1000, 5, 2, 0}, {520, 33, 20, 0, 0},
+                    {257, 64, 128, 2, 1}, {193, 16, 320, 1, 1}));
+    for_random_sizes("T d n type training", rungs_compute_it, 30, (int64_t[]){1, 1, 1, 0, 0},
+                     (int64_t[]){150, 90, 40, 2, 1});
+}
+
+/* A problem whose hidden units have the mean given, in units of their deviation. */
+static const char *rungs_far_from_zero(const int64_t *size, uint64_t seed) {
+    int64_t T = size[0], d = size[1], n = size[2], training = size[3], distance = size[4];
+    if (training && T == 1)
+        return DOES_NOT_APPLY;
+    char name[96], why[256] = "";
+    snprintf(name, sizeof name, "T%d-d%d-n%d-f32%s", (int)T, (int)d, (int)n, training ? "-train" : "");
+    fmoe_case c;
+    fmoe_problem p;
+    if (fmoe_case_parse(name, &c) != FMOE_OK || fmoe_problem_new(&fmoe_step_router, &c, seed, &p) != FMOE_OK)
+        return because("%s", fmoe_error_message());
+    float *x = fmoe_problem_find(&p, "x")->data, *mean = fmoe_problem_find(&p, "running_mean")->pristine;
+    for (int64_t i = 0; i < T * d; i++)
+        x[i] = fmoe_random_normal(seed, 1, (uint64_t)i) + (float)distance;
+    float *var = fmoe_problem_find(&p, "running_var")->pristine;
+    for (int64_t h = 0; h < d; h++) {
+        mean[h] = (float)distance + 0.125f;
+        var[h] = 1;
+    }
+    const char *result = p.step->reference(&p) == FMOE_OK ? HOLDS : because("%s", fmoe_error_message());
+    for (const fmoe_rung *rung = chapter2_rungs; rung->run && result == HOLDS; rung++) {
+        double error = INFINITY;
+        fmoe_status status = fmoe_rung_check(rung, &p, &error, why);
+        if (status != FMOE_OK || !(error <= 1e-5))
+            result = because("%s: %s, error %.2g: %s", rung->name, fmoe_status_name(status), error, why);
+    }
+    fmoe_problem_free(&p);
+    return result;
+}
+
+SENTENCE(2, 15, "No rung loses digits to a mean of 10,000 deviations, in training or evaluation.",
+         "one pass and folding are safe only if what they subtract is of the size of what remains", "the reference") {
+    for_sizes("T d n training distance", rungs_far_from_zero,
+              SIZES({2, 1, 1, 1, 10000}, {70, 9, 5, 1, 10000}, {70, 9, 5, 0, 10000}, {129, 64, 20, 1, 300},
+                    {5, 64, 20, 0, 30}, {200, 33, 7, 1, 0}));
+}
+
+static const char *bits_repeat(const int64_t *size, uint64_t seed) {
+    int64_t T = size[0], d = size[1], n = size[2], type = size[3], training = size[4];
+    return rungs_repeat(&fmoe_step_router, chapter2_rungs, seed, "T%d-d%d-n%d-%s%s", (int)T, (int)d, (int)n,
+                        type_name(type), training ? "-train" : "");
+}
+
+static const char *reference_repeats(const int64_t *size, uint64_t seed) {
+    int64_t T = size[0], d = size[1], n = size[2];
+    if (T < 2)
+        return DOES_NOT_APPLY;
+    int before = omp_get_max_threads();
+    float *x OWNED = normals(seed, 0, 1, T * d), *gate OWNED = normals(seed, 1, 1, 2 * n * d);
+    float *first OWNED = floats(2 * d + 4 * T * n), *again OWNED = floats(2 * d + 4 * T * n);
+    static const int threads[] = {1, 2, 3, 7};
+    const char *result = HOLDS;
+    for (int i = 0; i < 4 && result == HOLDS; i++) {
+        float *out = i == 0 ? first : again, *logits = out + 2 * d, *x_hat OWNED = floats(T * d);
+        for (int64_t h = 0; h < 2 * d; h++)
+            out[h] = 1;
+        omp_set_num_threads(threads[i]);
+        if (fmoe_router_norm(true, T, d, x, out, out + d, x_hat) != FMOE_OK ||
+            fmoe_router_logits(T, d, n, x_hat, gate, logits) != FMOE_OK ||
+            fmoe_log_softmax(2 * T, n, logits, logits + 2 * T * n) != FMOE_OK)
+            result = because("%s", fmoe_error_message());
+        else if (i > 0 && memcmp(first, again, (size_t)(2 * d + 4 * T * n) * sizeof(float)) != 0)
+            result = because("%d threads give other bits than one", threads[i]);
+    }
+    omp_set_num_threads(before);
+    return result;
+}
+
+SENTENCE(2, 16, "Reference and rungs give the same bits for any number of threads.",
+         "every sum has one owner and one order", "runs with 1, 2, 3 and 7 threads") {
+    for_sizes("T d n", reference_repeats, SIZES({2, 1, 1}, {29, 200, 7}, {65, 72, 13}));
+    for_sizes("T d n type training", bits_repeat,
+              SIZES({1, 5, 3, 0, 0}, {29, 72, 13, 0, 1}, {300, 40, 13, 2, 1}, {130, 17, 33, 1, 0}));
+}
+
+SENTENCE(2, 17, "Bad arguments are named, each with its status, and nothing is written.",
+         "a library neither prints nor exits", "the contract") {
+    float x[4] = {0}, mean[2] = {0}, var[2] = {0}, out[8] = {0};
+    struct {
+        fmoe_status status, expected;
+        const char *word;
+        const char *message;
+    } calls[16];
+    int count = 0;
+    char messages[16][200];
+#define CALL(expected_status, expected_word, ...)                                                                      \
+    do {                                                                                                               \
+        calls[count].status = __VA_ARGS__;                                                                             \
+        calls[count].expected = expected_status;                                                                       \
+        calls[count].word = expected_word;                                                                             \
+        snprintf(messages[count], sizeof messages[0], "%s", fmoe_error_message());                                     \
+        calls[count].message = messages[count];                                                                        \
+        count++;                                                                                                       \
+    } while (0)
+    CALL(FMOE_BAD_SIZE, "tokens = -1", fmoe_router_norm(true, -1, 2, x, mean, var, out));
+    CALL(FMOE_BAD_SIZE, "hidden_size = 0", fmoe_router_norm(true, 2, 0, x, mean, var, out));
+    CALL(FMOE_NULL_POINTER, "x", fmoe_router_norm(true, 2, 2, NULL, mean, var, out));
+    CALL(FMOE_NULL_POINTER, "running_mean", fmoe_router_norm(true, 2, 2, x, NULL, var, out));
+    CALL(FMOE_NULL_POINTER, "running_var", fmoe_router_norm(false, 2, 2, x, mean, NULL, out));
+    CALL(FMOE_NULL_POINTER, "x_hat", fmoe_router_norm(true, 2, 2, x, mean, var, NULL));
+    CALL(FMOE_OVERFLOW, "tokens", fmoe_router_norm(true, INT64_MAX / 2, 1000, x, mean, var, out));
+    CALL(FMOE_BAD_SIZE, "num_keys = 0", fmoe_router_logits(2, 2, 0, x, x, out));
+    CALL(FMOE_BAD_SIZE, "hidden_size = -3", fmoe_router_logits(2, -3, 1, x, x, out));
+    CALL(FMOE_NULL_POINTER, "gate", fmoe_router_logits(2, 2, 1, x, NULL, out));
+    CALL(FMOE_NULL_POINTER, "logits", fmoe_router_logits(2, 2, 1, x, x, NULL));
+    CALL(FMOE_OVERFLOW, "num_keys", fmoe_router_logits(2, 1 << 30, INT64_MAX >> 20, x, x, out));
+    CALL(FMOE_BAD_SIZE, "num_keys = -1", fmoe_log_softmax(2, -1, x, out));
+    CALL(FMOE_BAD_SIZE, "rows = -2", fmoe_log_softmax(-2, 2, x, out));
+    CALL(FMOE_NULL_POINTER, "logits", fmoe_log_softmax(2, 2, NULL, out));
+    CALL(FMOE_NULL_POINTER, "log_probs", fmoe_log_softmax(2, 2, x, NULL));
+#undef CALL
+    for (int i = 0; i < count; i++) {
+        expect(calls[i].status == calls[i].expected, "call %d: status is %s, should be %s (\"%s\")", i,
+               fmoe_status_name(calls[i].status), fmoe_status_name(calls[i].expected), calls[i].message);
+        expect(strstr(calls[i].message, calls[i].word), "call %d: \"%s\" does not say %s", i, calls[i].message,
+               calls[i].word);
+    }
+    for (int i = 0; i < 8; i++)
+        expect(out[i] == 0 && mean[i % 2] == 0, "a failed call wrote something");
+}
