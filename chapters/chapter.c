@@ -276,7 +276,12 @@ static int climb_ladder(const fmoe_chapter *chapter, const fmoe_ladder *ladder) 
     return 0;
 }
 
-static void print_machine(void) {
+static void print_machine(const fmoe_chapter *chapter) {
+    printf("Chapter %d: %s\n", chapter->number, chapter->title);
+    if (!chapter->ladders) {
+        printf("%s\n", machine_device());
+        return;
+    }
     const fmoe_ceilings *m = fmoe_machine_ceilings();
     printf("%s: copy %.3g GB/s, FMA %.3g GFLOP/s, fork and join %.2g µs\n", m->device, m->copy_gbs, m->fma_gflops,
            m->fork_join_us);
@@ -306,8 +311,7 @@ int fmoe_chapter_main(const fmoe_chapter *chapter, int argc, char **argv) {
         snprintf(path, sizeof path, "%s", fmoe_opt.csv);
     else
         snprintf(path, sizeof path, "build/results/chapter%d.csv", chapter->number);
-    printf("Chapter %d: %s\n", chapter->number, chapter->title);
-    print_machine();
+    print_machine(chapter);
     if (csv_open(chapter->number, path) != FMOE_OK) {
         fprintf(stderr, "--csv: %s\n", fmoe_error_message());
         return 2;

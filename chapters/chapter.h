@@ -91,11 +91,11 @@ typedef struct {
 } fmoe_work;
 
 typedef struct {
-    char device[96];     /* "AMD EPYC (2 threads)" */
-    char slug[96];       /* "amd-epyc-2t": the folder under plots/data */
+    char device[96]; /* "AMD EPYC (2 threads)" */
+    char slug[96];   /* "amd-epyc-2t": the folder under plots/data */
     int threads;
-    double copy_gbs;     /* read + written */
-    int num_gather;      /* random rows of 1 KB, by table size */
+    double copy_gbs; /* read + written */
+    int num_gather;  /* random rows of 1 KB, by table size */
     double gather_mb[8], gather_gbs[8];
     double fma_gflops;   /* float32, registers only, all threads */
     double fork_join_us; /* an empty parallel region */
@@ -107,8 +107,8 @@ const fmoe_ceilings *fmoe_machine_ceilings(void);
 double fmoe_gather_gbs(const fmoe_ceilings *ceilings, double table_bytes);
 
 struct fmoe_step {
-    const char *op;      /* "topk": the name in CSV files and in performance figures */
-    size_t args_size;    /* sizeof the argument struct */
+    const char *op;   /* "topk": the name in CSV files and in performance figures */
+    size_t args_size; /* sizeof the argument struct */
     /* Adds the arguments (fmoe_problem_add), draws the inputs, sets the sizes in p->args. */
     fmoe_status (*draw)(fmoe_problem *p);
     /* Fills every output's expected with the reference's result on the stored inputs. */
@@ -152,12 +152,12 @@ typedef struct {
     const char *name; /* "staircase": what --only takes and the CSV's variant column holds */
     fmoe_level level;
     fmoe_backend backend;
-    const char *idea;       /* one sentence: what it changes and what that should buy */
-    fmoe_rung_fn *run;      /* NULL ends a ladder's array */
-    fmoe_workspace_fn *workspace;                /* NULL: needs none */
-    bool (*supports)(const void *args);          /* NULL: supports every case */
-    bool library;                                /* a vendor library's rung, the baseline of one column */
-    bool (*available)(void);                     /* NULL: always; else e.g. whether the library could be loaded */
+    const char *idea;                   /* one sentence: what it changes and what that should buy */
+    fmoe_rung_fn *run;                  /* NULL ends a ladder's array */
+    fmoe_workspace_fn *workspace;       /* NULL: needs none */
+    bool (*supports)(const void *args); /* NULL: supports every case */
+    bool library;                       /* a vendor library's rung, the baseline of one column */
+    bool (*available)(void);            /* NULL: always; else e.g. whether the library could be loaded */
 } fmoe_rung;
 
 /* Runs a rung once on poisoned outputs with a workspace of exactly the size it asks for, between guard bands, and
@@ -177,13 +177,17 @@ typedef struct {
     int number;
     const char *title;
     const fmoe_ladder *ladders; /* ended by a ladder whose step is NULL */
-    /* Optional, e.g. chapter 8's --golden FILE. Returns true if it took argv[*i] (and what belongs to it). */
+    /* Optional, e.g. chapter 8's --golden FILE. Returns true if it took argv[*i] (and what belongs to it, *i then being
+     * the last argument taken). */
     bool (*option)(int argc, char **argv, int *i);
     const char *option_help;
-    /* Optional: runs before or after the ladders (a demonstration, a breakdown, a map). Nonzero ends with that status. */
+    /* Optional: runs before or after the ladders (a demonstration, a breakdown, a map). Nonzero ends with that status.
+     */
     int (*before)(void);
     int (*after)(void);
-    const char *gnuplot; /* optional: a script in plots/ of the chapter's own, besides the ladder plot */
+    /* Optional: a script in plots/ of the chapter's own, besides the ladder plot. It is given csv, svg ('' for the
+     * terminal), title, and ops, the names of the chapter's ladders. */
+    const char *gnuplot;
 } fmoe_chapter;
 
 int fmoe_chapter_main(const fmoe_chapter *chapter, int argc, char **argv);

@@ -79,8 +79,7 @@ fmoe_status csv_open(int chapter, const char *path) {
     today(date, sizeof date);
     commit_name(commit, sizeof commit);
     machine_clocks(clocks, sizeof clocks);
-    const fmoe_ceilings *m = fmoe_machine_ceilings();
-    fprintf(out, "# device: %s\n", m->device);
+    fprintf(out, "# device: %s\n", machine_device());
     if (!uname(&system))
         fprintf(out, "# system: %s %s %s\n", system.sysname, system.release, system.machine);
     fprintf(out, "# compiler: %s\n", FMOE_COMPILER);
@@ -112,11 +111,10 @@ void fmoe_csv_row(const char *op, const char *case_name, const char *variant, fm
     put_number(work.bytes);
     put_number(work.flops);
     put_number(work.floor_ms);
-    const fmoe_ceilings *m = fmoe_machine_ceilings();
     char date[16];
     today(date, sizeof date);
-    fprintf(out, "%d,", m->threads);
-    put_text(m->device);
+    fprintf(out, "%d,", fmoe_opt.threads);
+    put_text(machine_device());
     fprintf(out, ",%s\n", date);
     fflush(out);
 }

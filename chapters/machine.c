@@ -170,6 +170,12 @@ const fmoe_ceilings *fmoe_machine_ceilings(void) {
     return cache_read(&machine) ? &machine : machine_measure_again(&list);
 }
 
+const char *machine_device(void) {
+    static fmoe_ceilings named;
+    name_machine(&named);
+    return named.device;
+}
+
 double fmoe_gather_gbs(const fmoe_ceilings *ceilings, double table_bytes) {
     const fmoe_ceilings *m = ceilings;
     double mb = table_bytes * 1e-6;

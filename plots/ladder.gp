@@ -9,7 +9,7 @@ if (!exists('ops')) ops = ''
 
 set encoding utf8
 set datafile separator comma
-is_wanted(op) = ops eq '' || strstrt(' '.ops.' ', ' '.op.' ') > 0
+is_wanted(op) = ops eq '' ? op ne 'crossover' : strstrt(' '.ops.' ', ' '.op.' ') > 0
 
 # The extent of the data: rows, cases, times.
 last = ''
@@ -87,7 +87,7 @@ plot row = 0, last = '', \
      row = 0, last = '', \
      csv every ::1 using (floor_ms(0) > 0 ? floor_ms(0) : NaN):(place(0) - 0.36):(0):(0.72) with vectors nohead lc black lw 2 notitle, \
      row = 0, last = '', \
-     csv every ::1 using (low):(header(0)):(group(0)) with labels left font ':Bold' offset -LABEL_max - 1, 0 notitle, \
+     csv every ::1 using (low):(header(0)):(group(0)) with labels left font 'Helvetica:Bold,13' offset -LABEL_max - 1, 0 notitle, \
      keyentry with boxes lc rgb cpu title key_of('CPU'), \
      keyentry with boxes lc rgb core title key_of('CUDA core'), \
      keyentry with boxes lc rgb advanced title key_of('CUDA advanced'), \
