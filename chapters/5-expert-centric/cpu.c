@@ -25,8 +25,7 @@ typedef struct {
     float *scratch;    /* [threads, 1 + ROWS, d]: an output row, and rows of experts as float32 */
     float *tile;       /* [threads, T, width]: slices of y */
     int64_t width;     /* columns of a slice */
-    void *scheduling;  /* chapter 4's own workspace; everything below pairs is written after it was used */
-    size_t scheduling_bytes, bytes;
+    size_t bytes;
 } plan;
 
 /* Whole cache lines, so that no two threads write to the same one. */
@@ -34,9 +33,9 @@ static size_t padded(int64_t count) {
     return ((size_t)count + LANES - 1) / LANES * LANES;
 }
 
-/* As many columns as let a slice of y stay in a second-level cache beside what streams past: 256 KB of floats. */
+/* As many columns as let a slice of y stay in a second-level cache beside what streams past: 512 KB of floats. */
 static int64_t slice_width(const fmoe_expert_args *a) {
-    int64_t width = (1 << 16) / (a->T + 1) / LANES * LANES;
+    int64_t width = (1 << 17) / (a->T + 1) / LANES * LANES;
     return width < LANES ? LANES : width > 128 ? 128 : width;
 }
 
@@ -50,10 +49,6 @@ static int slice_threads(const fmoe_expert_args *a) {
     return slices < omp_get_max_threads() ? (int)slices : omp_get_max_threads();
 }
 
-static fmoe_schedule_args schedule_args(const fmoe_expert_args *a, const plan *p) {
-    return (fmoe_schedule_args){a->T, a->K, a->N, a->indices, p->offsets, p->pairs};
-}
-
 /* The one place that knows what lies where; workspace may be NULL to ask for the size alone. */
 static plan lay_out(const fmoe_expert_args *a, void *workspace, bool tiles) {
     plan p = {.width = slice_width(a), .x = a->x};
@@ -61,16 +56,13 @@ static plan lay_out(const fmoe_expert_args *a, void *workspace, bool tiles) {
     size_t used = 0;
     p.offsets = at + used, used += padded(a->N + 1);
     p.pairs = at + used, used += padded(a->T * a->K);
-    fmoe_schedule_args schedule = schedule_args(a, &p);
-    p.scheduling = at + used, p.scheduling_bytes = cpu_schedule_best_workspace(&schedule);
-    size_t scheduled = used + padded((int64_t)p.scheduling_bytes / 4 + 1);
     p.activation = (float *)(at + used), used += padded(a->T * a->K);
     if (a->dtype != FMOE_F32)
         p.x = (float *)(at + used), used += padded(a->T * a->d);
     p.scratch = (float *)(at + used), used += (size_t)omp_get_max_threads() * (1 + ROWS) * padded(a->d);
     if (tiles)
         p.tile = (float *)(at + used), used += (size_t)slice_threads(a) * (size_t)(a->T * p.width);
-    p.bytes = (used > scheduled ? used : scheduled) * 4;
+    p.bytes = used * 4;
     return p;
 }
 
@@ -113,9 +105,14 @@ static void build_schedule(const fmoe_expert_args *a, const plan *p) {
 }
 // [/schedule]
 
-static fmoe_status build_schedule_threads(const fmoe_expert_args *a, const plan *p) {
-    fmoe_schedule_args schedule = schedule_args(a, p);
-    return cpu_schedule_best(&schedule, p->scheduling, p->scheduling_bytes, NULL);
+/* Positions and pairs are int32_t. */
+static bool fits(const void *args) {
+    const fmoe_expert_args *a = args;
+    return a->T <= INT32_MAX / a->K;
+}
+
+static inline int64_t token_of(const fmoe_expert_args *a, const plan *p, int64_t position) {
+    return p->pairs[position] / (int32_t)a->K;
 }
 
 /* ---- One thread, one phase --------------------------------------------------------------------------------------- */
@@ -135,7 +132,7 @@ static fmoe_status grouped(const void *args, void *workspace, size_t workspace_b
         const float *down = load_row(a->dtype, a->down, e, a->d, scratch_row(a, &p, 1));
         const float *up = load_row(a->dtype, a->up, e, a->d, scratch_row(a, &p, 2));
         for (int64_t i = p.offsets[e]; i < p.offsets[e + 1]; i++) {
-            int64_t pair = p.pairs[i], t = pair / a->K;
+            int64_t pair = p.pairs[i], t = token_of(a, &p, i);
             float s = dot_row(a->d, down, p.x + t * a->d);
             add_row(a->d, silu(s) * a->weights[pair], up, y + t * a->d);
         }
@@ -150,24 +147,31 @@ static size_t grouped_workspace(const void *args) {
     return two_phases_workspace(a) + (size_t)(a->T * a->d) * sizeof(float);
 }
 
-/* ---- Two phases -------------------------------------------------------------------------------------------------- */
+// [fetch]
+enum { AHEAD = 32 };
 
-/* The rows of a table are asked for by their pairs, long before they are used. */
-static inline void fetch_row(const fmoe_expert_args *a, const void *table, int64_t pair) {
-    int64_t bytes = a->d * (int64_t)fmoe_dtype_size(a->dtype);
-    for (int64_t line = 0; line < bytes; line += 64)
-        __builtin_prefetch((const char *)table + a->indices[pair] * bytes + line);
+/* Asks for columns first to first + width − 1 of a row, long before they are used. */
+static inline void fetch_row(const fmoe_expert_args *a, const void *table, int64_t row, int64_t first, int64_t width) {
+    int64_t size = (int64_t)fmoe_dtype_size(a->dtype);
+    const char *at = (const char *)table + (row * a->d + first) * size;
+    for (int64_t line = 0; line < width * size; line += 64)
+        __builtin_prefetch(at + line);
 }
+// [/fetch]
+
+/* ---- Two phases -------------------------------------------------------------------------------------------------- */
 
 // [first-phase]
 /* Pre-activations of the schedule's positions first to last − 1. A pair has one place in the schedule, so whoever has
  * the position is the only one to write the pair's pre-activation. */
-static void pre_activations(const fmoe_expert_args *a, const plan *p, int64_t first, int64_t last) {
+static inline void pre_activations(const fmoe_expert_args *a, const plan *p, int64_t first, int64_t last, bool fetch) {
     for (int64_t i = first; i < last;) {
         int64_t e = a->indices[p->pairs[i]], end = p->offsets[e + 1] < last ? p->offsets[e + 1] : last;
+        if (fetch && i + AHEAD < last)
+            fetch_row(a, a->down, a->indices[p->pairs[i + AHEAD]], 0, a->d);
         const float *down = load_row(a->dtype, a->down, e, a->d, scratch_row(a, p, 1));
         for (; i < end; i++)
-            p->activation[p->pairs[i]] = dot_row(a->d, down, p->x + p->pairs[i] / a->K * a->d);
+            p->activation[p->pairs[i]] = dot_row(a->d, down, p->x + token_of(a, p, i) * a->d);
     }
 }
 // [/first-phase]
@@ -188,7 +192,7 @@ static inline void output(const fmoe_expert_args *a, const plan *p, int64_t t, b
     for (; i + ROWS <= end; i += ROWS) {
         for (int j = 0; j < ROWS; j++) {
             if (fetch && i + ROWS + j < a->T * a->K)
-                fetch_row(a, a->up, i + ROWS + j);
+                fetch_row(a, a->up, a->indices[i + ROWS + j], 0, a->d);
             row[j] = load_row(a->dtype, a->up, a->indices[i + j], a->d, scratch_row(a, p, 1 + j));
         }
         add_rows(a->d, p->activation + i, row, sum);
@@ -215,7 +219,7 @@ static fmoe_status by_expert(const void *args, void *workspace, size_t workspace
 #pragma omp parallel
     {
         int64_t threads = omp_get_num_threads(), me = omp_get_thread_num();
-        pre_activations(a, &p, p.offsets[a->N * me / threads], p.offsets[a->N * (me + 1) / threads]);
+        pre_activations(a, &p, p.offsets[a->N * me / threads], p.offsets[a->N * (me + 1) / threads], false);
     }
     outputs(a, &p, false);
     return FMOE_OK;
@@ -229,11 +233,11 @@ enum { CHUNK = 512 };
 
 /* Chunks of as many pairs each, whatever experts they belong to: a busy expert is shared by many chunks, a chunk holds
  * many idle ones. */
-static void balanced_pre_activations(const fmoe_expert_args *a, const plan *p) {
+static inline void balanced_pre_activations(const fmoe_expert_args *a, const plan *p, bool fetch) {
     int64_t count = a->T * a->K;
 #pragma omp parallel for schedule(dynamic)
     for (int64_t first = 0; first < count; first += CHUNK)
-        pre_activations(a, p, first, first + CHUNK < count ? first + CHUNK : count);
+        pre_activations(a, p, first, first + CHUNK < count ? first + CHUNK : count, fetch);
 }
 // [/balanced]
 
@@ -243,24 +247,26 @@ static fmoe_status balanced(const void *args, void *workspace, size_t workspace_
     (void)workspace_bytes, (void)stream;
     build_schedule(a, &p);
     convert_tokens(a, &p);
-    balanced_pre_activations(a, &p);
+    balanced_pre_activations(a, &p, false);
     outputs(a, &p, false);
     return FMOE_OK;
 }
 
 /* ---- Nobody waits ------------------------------------------------------------------------------------------------ */
 
-static fmoe_status prefetch(const void *args, void *workspace, size_t workspace_bytes, void *stream) {
+fmoe_status cpu_expert_scheduled_best(const void *args, void *workspace, size_t workspace_bytes, void *stream) {
     const fmoe_expert_args *a = args;
     plan p = lay_out(a, workspace, false);
     (void)workspace_bytes, (void)stream;
-    fmoe_status status = build_schedule_threads(a, &p);
-    if (status != FMOE_OK)
-        return status;
+    build_schedule(a, &p);
     convert_tokens(a, &p);
-    balanced_pre_activations(a, &p);
+    balanced_pre_activations(a, &p, true);
     outputs(a, &p, true);
     return FMOE_OK;
+}
+
+size_t cpu_expert_scheduled_best_workspace(const void *args) {
+    return two_phases_workspace(args);
 }
 
 /* ---- Column slices ----------------------------------------------------------------------------------------------- */
@@ -270,13 +276,16 @@ static fmoe_status prefetch(const void *args, void *workspace, size_t workspace_
  * slice of y that they are added to stays in the cache. */
 static void slice(const fmoe_expert_args *a, const plan *p, int64_t first, float *tile) {
     int64_t width = a->d - first < p->width ? a->d - first : p->width, size = (int64_t)fmoe_dtype_size(a->dtype);
+    int64_t count = a->T * a->K;
     memset(tile, 0, (size_t)(a->T * width) * sizeof *tile);
-    for (int64_t i = 0; i < a->T * a->K;) {
+    for (int64_t i = 0; i < count;) {
         int64_t e = a->indices[p->pairs[i]], end = p->offsets[e + 1];
+        if (i + AHEAD < count)
+            fetch_row(a, a->up, a->indices[p->pairs[i + AHEAD]], first, width);
         const char *stored = (const char *)a->up + (e * a->d + first) * size;
         const float *up = load_row(a->dtype, stored, 0, width, scratch_row(a, p, 1));
         for (; i < end; i++)
-            add_row(width, p->activation[p->pairs[i]], up, tile + p->pairs[i] / a->K * width);
+            add_row(width, p->activation[p->pairs[i]], up, tile + token_of(a, p, i) * width);
     }
     for (int64_t t = 0; t < a->T; t++)
         store_row(a->dtype, (char *)a->y + (t * a->d + first) * size, 0, width, tile + t * width);
@@ -287,11 +296,9 @@ static fmoe_status slices(const void *args, void *workspace, size_t workspace_by
     const fmoe_expert_args *a = args;
     plan p = lay_out(a, workspace, true);
     (void)workspace_bytes, (void)stream;
-    fmoe_status status = build_schedule_threads(a, &p);
-    if (status != FMOE_OK)
-        return status;
+    build_schedule(a, &p);
     convert_tokens(a, &p);
-    balanced_pre_activations(a, &p);
+    balanced_pre_activations(a, &p, true);
 #pragma omp parallel for schedule(static)
     for (int64_t t = 0; t < a->T; t++)
         activate(a, &p, t);
@@ -303,14 +310,6 @@ static fmoe_status slices(const void *args, void *workspace, size_t workspace_by
 
 /* ---- The ladder -------------------------------------------------------------------------------------------------- */
 
-fmoe_status cpu_expert_scheduled_best(const void *args, void *workspace, size_t workspace_bytes, void *stream) {
-    return prefetch(args, workspace, workspace_bytes, stream);
-}
-
-size_t cpu_expert_scheduled_best_workspace(const void *args) {
-    return two_phases_workspace(args);
-}
-
 const fmoe_rung chapter5_rungs[] = {
     {.name = "token-centric",
      .idea = "Where chapter 1 ended: token by token, rows asked for ahead of time, no schedule.",
@@ -320,24 +319,29 @@ const fmoe_rung chapter5_rungs[] = {
      .idea = "Expert by expert on one thread: each row of the tables is read once, in order, and y is added to in "
              "memory.",
      .run = grouped,
-     .workspace = grouped_workspace},
+     .workspace = grouped_workspace,
+     .supports = fits},
     {.name = "by expert",
      .idea = "Two phases, so that nobody adds to another's row: threads own equal ranges of experts, then tokens; "
              "skew leaves one thread with most of the pairs.",
      .run = by_expert,
-     .workspace = two_phases_workspace},
+     .workspace = two_phases_workspace,
+     .supports = fits},
     {.name = "balanced",
      .idea = "The first phase is cut into equal numbers of pairs in place of equal numbers of experts.",
      .run = balanced,
-     .workspace = two_phases_workspace},
+     .workspace = two_phases_workspace,
+     .supports = fits},
     {.name = "prefetch",
-     .idea = "The schedule is built by all threads, and the second phase asks for the next eight rows ahead of time.",
-     .run = prefetch,
-     .workspace = two_phases_workspace},
+     .idea = "Both phases know which rows come next and ask for them ahead of time.",
+     .run = cpu_expert_scheduled_best,
+     .workspace = cpu_expert_scheduled_best_workspace,
+     .supports = fits},
     {.name = "slices",
-     .idea = "The second phase expert by expert too, a slice of columns at a time: `up` is read once, which pays when "
-             "it is larger than the cache.",
+     .idea = "The second phase expert by expert too, a slice of columns at a time: each row of `up` is read once and "
+             "stays close while all its tokens pass, but y is loaded and stored a pair.",
      .run = slices,
-     .workspace = slices_workspace},
+     .workspace = slices_workspace,
+     .supports = fits},
     {0},
 };
