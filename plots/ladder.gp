@@ -6,10 +6,12 @@
 if (!exists('svg')) svg = ''
 if (!exists('title')) title = csv
 if (!exists('ops')) ops = ''
+# Maps have figures of their own.
+if (ops eq '') csv = "< grep -v '^[0-9]*,crossover,' '".csv."'"
 
 set encoding utf8
 set datafile separator comma
-is_wanted(op) = ops eq '' ? op ne 'crossover' : strstrt(' '.ops.' ', ' '.op.' ') > 0
+is_wanted(op) = ops eq '' || strstrt(' '.ops.' ', ' '.op.' ') > 0
 
 # The extent of the data: rows, cases, times.
 last = ''
