@@ -149,10 +149,12 @@ static golden_line *add_line(golden_report *report, const char *name, int rank, 
     golden_line *line = &report->lines[report->num_lines++];
     *line = (golden_line){.error = error, .limit = limit, .ok = error <= limit};
     snprintf(line->name, sizeof line->name, "%s", name);
-    size_t used = 0;
+    size_t used = (size_t)snprintf(line->shape, sizeof line->shape, "[");
     for (int i = 0; i < rank && used < sizeof line->shape; i++)
-        used += (size_t)snprintf(line->shape + used, sizeof line->shape - used, "%s%lld", i ? " × " : "",
+        used += (size_t)snprintf(line->shape + used, sizeof line->shape - used, "%s%lld", i ? ", " : "",
                                  (long long)shape[i]);
+    if (used < sizeof line->shape)
+        snprintf(line->shape + used, sizeof line->shape - used, "]");
     return line;
 }
 

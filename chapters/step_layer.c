@@ -275,9 +275,10 @@ static double experts_used(const fmoe_problem *p) {
 }
 
 // [floor]
-/* The branches may run side by side, so three things bound the layer, and the largest is its floor: what has to come
- * from memory once; all multiplications; and the rows that the experts gather, two a pair, from the smaller of the
- * table in use and the tokens (or, if that is cheaper, the dense product of all tokens with all experts). */
+/* The branches may run side by side, so three things bound the layer, and the largest is its floor: all that is read
+ * and written, once, from whichever cache holds it; all multiplications; and the rows that the experts gather, two a
+ * pair, from the smaller of the table in use and the tokens (or, if that is cheaper, the dense product of all tokens
+ * with all experts). */
 static fmoe_work work(const fmoe_problem *p, const fmoe_ceilings *c) {
     const fmoe_layer_args *a = p->args;
     double size = (double)fmoe_dtype_size(a->dtype), T = (double)a->T, d = (double)a->d, I = (double)a->I;
@@ -288,11 +289,11 @@ static fmoe_work work(const fmoe_problem *p, const fmoe_ceilings *c) {
 
     double gather = 2 * T * K * d * size / fmoe_gather_gbs(c, fmin(used, T) * d * size);
     double routed = fmin(gather, 4 * T * N * d / c->fma_gflops);
-    double copy = w.bytes / c->copy_gbs, multiply = w.flops / c->fma_gflops;
+    double copy = w.bytes / fmax(c->copy_gbs, fmoe_gather_gbs(c, w.bytes)), multiply = w.flops / c->fma_gflops;
     w.floor_ms = 1e-6 * fmax(routed, fmax(copy, multiply));
     w.floor_why = "all products at the multiply-add rate";
     if (copy >= fmax(routed, multiply))
-        w.floor_why = "weights and tokens from memory, once";
+        w.floor_why = "weights and tokens, read once";
     else if (routed > multiply)
         w.floor_why = "the experts' rows, two a pair, gathered";
     return w;

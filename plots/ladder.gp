@@ -6,8 +6,8 @@
 if (!exists('svg')) svg = ''
 if (!exists('title')) title = csv
 if (!exists('ops')) ops = ''
-# Maps have figures of their own.
-if (ops eq '') csv = "< grep -v '^[0-9]*,crossover,' '".csv."'"
+# Maps and breakdowns have figures of their own.
+if (ops eq '') csv = "< grep -vE '^[0-9]*,(crossover|layer_step),' '".csv."'"
 
 set encoding utf8
 set datafile separator comma
