@@ -1,11 +1,10 @@
 /* Chapter 6 on the CPU: y = down · (silu(gate · x) ⊙ (up · x)), from three nested loops to tiles in registers. */
 #include "../gemm.h"
+#include "../openblas.h"
 #include "../steps.h"
 #include "../vec.h"
 
-#include <dlfcn.h>
 #include <omp.h>
-#include <stdlib.h>
 #include <string.h>
 
 static int64_t larger(int64_t a, int64_t b) {
@@ -275,33 +274,6 @@ fmoe_status cpu_mlp_best(const void *args, void *workspace, size_t workspace_byt
 
 /* ---- OpenBLAS ---------------------------------------------------------------------------------------------------- */
 
-enum { ROW_MAJOR = 101, NO_TRANSPOSE = 111, TRANSPOSE = 112 };
-
-typedef void sgemm_function(int order, int transpose_a, int transpose_b, int M, int N, int k, float alpha,
-                            const float *A, int lda, const float *B, int ldb, float beta, float *C, int ldc);
-
-static struct {
-    bool tried;
-    sgemm_function *sgemm;
-    void (*set_threads)(int);
-} openblas;
-
-static bool openblas_available(void) {
-    if (openblas.tried)
-        return openblas.sgemm && openblas.set_threads;
-    openblas.tried = true;
-    /* It picks its kernels for this processor, unless the environment names another one: no fair baseline then. */
-    unsetenv("OPENBLAS_CORETYPE");
-    void *library = dlopen("libopenblas.so.0", RTLD_NOW | RTLD_LOCAL);
-    if (!library)
-        return false;
-    /* ISO C has no cast from an object pointer to a function pointer; POSIX promises that the bytes are the same. */
-    void *sgemm = dlsym(library, "cblas_sgemm"), *set_threads = dlsym(library, "openblas_set_num_threads");
-    memcpy(&openblas.sgemm, &sgemm, sizeof sgemm);
-    memcpy(&openblas.set_threads, &set_threads, sizeof set_threads);
-    return openblas.sgemm && openblas.set_threads;
-}
-
 static bool is_f32(const void *args) {
     return ((const fmoe_mlp_args *)args)->dtype == FMOE_F32;
 }
@@ -311,22 +283,20 @@ static size_t openblas_workspace(const void *args) {
     return 2 * sizeof(float) * (size_t)(a->T * a->I);
 }
 
-static fmoe_status openblas_run(const void *args, void *workspace, size_t workspace_bytes, void *stream) {
+static fmoe_status openblas(const void *args, void *workspace, size_t workspace_bytes, void *stream) {
     (void)workspace_bytes, (void)stream;
     const fmoe_mlp_args *a = args;
-    if (!openblas_available())
-        return FMOE_UNSUPPORTED;
     if (a->T == 0)
         return FMOE_OK;
     int T = (int)a->T, d = (int)a->d, I = (int)a->I;
     float *gate = workspace, *up = gate + a->T * a->I;
-    openblas.set_threads(omp_get_max_threads());
-    openblas.sgemm(ROW_MAJOR, NO_TRANSPOSE, TRANSPOSE, T, I, d, 1, a->x, d, a->gate, d, 0, gate, I);
-    openblas.sgemm(ROW_MAJOR, NO_TRANSPOSE, TRANSPOSE, T, I, d, 1, a->x, d, a->up, d, 0, up, I);
+    openblas_sgemm_fn *sgemm = openblas_sgemm();
+    sgemm(BLAS_ROW_MAJOR, BLAS_NO_TRANSPOSE, BLAS_TRANSPOSE, T, I, d, 1, a->x, d, a->gate, d, 0, gate, I);
+    sgemm(BLAS_ROW_MAJOR, BLAS_NO_TRANSPOSE, BLAS_TRANSPOSE, T, I, d, 1, a->x, d, a->up, d, 0, up, I);
     /* By one thread: OpenMP's threads would still be spinning on the cores that OpenBLAS's own need next. */
     for (int64_t i = 0; i < a->T * a->I; i++)
         gate[i] = silu(gate[i]) * up[i];
-    openblas.sgemm(ROW_MAJOR, NO_TRANSPOSE, TRANSPOSE, T, d, I, 1, gate, I, a->down, I, 0, a->y, d);
+    sgemm(BLAS_ROW_MAJOR, BLAS_NO_TRANSPOSE, BLAS_TRANSPOSE, T, d, I, 1, gate, I, a->down, I, 0, a->y, d);
     return FMOE_OK;
 }
 
@@ -351,7 +321,6 @@ const fmoe_rung chapter6_rungs[] = {
     {"chosen", LEVEL_CORE, BACKEND_CPU, "Streamed below 8 tokens, packed from there on: what the layer calls.",
      cpu_mlp_best, .workspace = cpu_mlp_best_workspace},
     {"openblas", LEVEL_CORE, BACKEND_CPU, "Three calls of OpenBLAS's sgemm and an elementwise pass between them.",
-     openblas_run, .workspace = openblas_workspace, .supports = is_f32, .library = true,
-     .available = openblas_available},
+     openblas, .workspace = openblas_workspace, .supports = is_f32, .library = true, .available = openblas_available},
     {.run = NULL},
 };
