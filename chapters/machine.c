@@ -170,10 +170,18 @@ const fmoe_ceilings *fmoe_machine_ceilings(void) {
     return cache_read(&machine) ? &machine : machine_measure_again(&list);
 }
 
+static const fmoe_ceilings *named(void) {
+    static fmoe_ceilings m;
+    name_machine(&m);
+    return &m;
+}
+
 const char *machine_device(void) {
-    static fmoe_ceilings named;
-    name_machine(&named);
-    return named.device;
+    return named()->device;
+}
+
+const char *machine_slug(void) {
+    return named()->slug;
 }
 
 double fmoe_gather_gbs(const fmoe_ceilings *ceilings, double table_bytes) {

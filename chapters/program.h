@@ -47,7 +47,8 @@ void ceilings_measure(ceiling_list *list);
 /* machine.c */
 /* fmoe_machine_ceilings without the cached file; the list receives what was measured. */
 const fmoe_ceilings *machine_measure_again(ceiling_list *list);
-const char *machine_device(void);             /* "AMD EPYC (2 threads)", without measuring anything */
+const char *machine_device(void); /* "AMD EPYC (2 threads)" and "amd-epyc-2t", without measuring anything */
+const char *machine_slug(void);
 void machine_clocks(char *text, size_t size); /* "2600 to 3700 MHz" as the system reports them now */
 void make_folders(const char *path);          /* the folders a file's path needs; existing ones are fine */
 

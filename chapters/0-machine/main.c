@@ -1,7 +1,7 @@
 /* Chapter 0: your machine. */
 #include "machine.h"
 
-#include "../chapter.h"
+#include "../program.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -11,7 +11,7 @@ static bool only_ceilings;
 static bool option(int argc, char **argv, int *i) {
     (void)argc;
     if (!strcmp(argv[*i], "--slug")) {
-        puts(fmoe_machine_ceilings()->slug);
+        puts(machine_slug());
         exit(0);
     }
     only_ceilings = !strcmp(argv[*i], "--ceilings");
