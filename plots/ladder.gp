@@ -7,7 +7,8 @@ if (!exists('svg')) svg = ''
 if (!exists('title')) title = csv
 if (!exists('ops')) ops = ''
 # Maps and breakdowns have figures of their own.
-if (ops eq '') csv = "< grep -vE '^[0-9]*,(crossover|layer_step),' '".csv."'"
+csv = ops eq '' ? "< grep -vE '^[0-9]*,(crossover|layer_step),' '".csv."'" \
+                : "< grep -E '^(chapter|[0-9]*,(".system("echo '".ops."' | tr ' ' '|'").")),' '".csv."'"
 
 set encoding utf8
 set datafile separator comma
