@@ -304,12 +304,19 @@ static fmoe_status scatter(const void *args, void *workspace, size_t workspace_b
     (void)workspace_bytes, (void)stream;
     const expert_args *a = args;
     copies c = copies_layout(a, workspace, 1);
+    bool in_place = a->dtype == FMOE_F32; /* 16-bit tables are too coarse to add up in */
+    if (in_place) {
+        c.ddown = a->ddown;
+        c.dup = a->dup;
+    }
     memset(c.ddown, 0, (size_t)(a->N * a->d) * sizeof(float));
     memset(c.dup, 0, (size_t)(a->N * a->d) * sizeof(float));
     for (int64_t t = 0; t < a->T; t++)
         scatter_token(a, t, c.rows, c.ddown, c.dup);
-    fmoe_from_f32(a->dtype, a->N * a->d, c.ddown, a->ddown);
-    fmoe_from_f32(a->dtype, a->N * a->d, c.dup, a->dup);
+    if (!in_place) {
+        fmoe_from_f32(a->dtype, a->N * a->d, c.ddown, a->ddown);
+        fmoe_from_f32(a->dtype, a->N * a->d, c.dup, a->dup);
+    }
     return FMOE_OK;
 }
 
@@ -365,17 +372,19 @@ typedef struct {
 } ordered;
 
 // [items]
-/* Consecutive pairs of one expert, at most RUN of them. An expert with more has several items, whose sums are parts to
- * be added in order; RUN depends on nothing, so the sums are the same whoever computes them. */
+/* What a thread takes at a time: at most RUN pairs, and at most RUN experts, since those without pairs must be zeroed
+ * as well. An expert with more pairs is cut into several items, whose sums are parts to be added in order; RUN depends
+ * on nothing, so the sums are the same whoever computes them. */
 enum { RUN = 256 };
 
 struct item {
-    int32_t expert, first, last;
-    int32_t part; /* −1: the item is all of its expert and writes the gradient itself */
+    int32_t expert, end; /* experts from, and up to */
+    int32_t first, last; /* of a part: positions in the schedule */
+    int32_t part;        /* −1: whole experts, which write their gradients themselves */
 };
 // [/items]
 
-/* A run either ends its expert or is full. */
+/* An item ends an expert or is full. */
 static int64_t max_items(const expert_args *a) {
     return a->N + a->T * a->K / RUN;
 }
@@ -524,16 +533,18 @@ static fmoe_status vectorised(const void *args, void *workspace, size_t workspac
 
 // [list-items]
 static int64_t list_items(const expert_args *a, struct item *items) {
+    const int32_t *offsets = a->offsets;
     int64_t count = 0;
     int32_t parts = 0;
-    for (int32_t e = 0; e < a->N; e++) {
-        int32_t first = a->offsets[e], last = a->offsets[e + 1];
-        if (last - first <= RUN) {
-            items[count++] = (struct item){e, first, last, -1};
+    for (int32_t e = 0, end; e < a->N; e = end) {
+        for (end = e + 1; end < a->N && end - e < RUN && offsets[end + 1] - offsets[e] <= RUN;)
+            end++;
+        if (offsets[end] - offsets[e] <= RUN) {
+            items[count++] = (struct item){e, end, 0, 0, -1};
             continue;
         }
-        for (; first < last; first += RUN)
-            items[count++] = (struct item){e, first, (int32_t)smaller(first + RUN, last), parts++};
+        for (int32_t first = offsets[e]; first < offsets[end]; first += RUN)
+            items[count++] = (struct item){e, end, first, (int32_t)smaller(first + RUN, offsets[end]), parts++};
     }
     return count;
 }
@@ -543,7 +554,8 @@ static int64_t list_items(const expert_args *a, struct item *items) {
 static void one_item(const expert_args *a, const ordered *o, const float *x, const float *dy, struct item item) {
     int64_t d = a->d;
     if (item.part < 0) {
-        one_expert(a, o, x, dy, item.expert, add_eight_pairs);
+        for (int64_t e = item.expert; e < item.end; e++)
+            one_expert(a, o, x, dy, e, add_eight_pairs);
         return;
     }
     float *part = o->parts + item.part * 2 * d;
@@ -566,7 +578,7 @@ static void add_parts(const expert_args *a, const ordered *o, const struct item 
 static void expert_gradients(const expert_args *a, const ordered *o) {
     const float *x = as_f32(a->dtype, a->x, a->T * a->d, o->x), *dy = as_f32(a->dtype, a->dy, a->T * a->d, o->dy);
     int64_t count = list_items(a, o->items);
-#pragma omp parallel for schedule(dynamic, 8)
+#pragma omp parallel for schedule(dynamic)
     for (int64_t i = 0; i < count; i++)
         one_item(a, o, x, dy, o->items[i]);
 #pragma omp parallel for schedule(static)
