@@ -1,10 +1,16 @@
 /* The step of chapter 4: how its problem is drawn, what its reference is, what it must move. */
 #include "steps.h"
 
+#include "../ref_cpu/check.h"
+
 #include <stdlib.h>
 
 static fmoe_status draw(fmoe_problem *p) {
     fmoe_schedule_args *a = p->args;
+    if (!p->c.N)
+        p->c.N = p->c.n * p->c.n;
+    TRY(fmoe_check_experts(p->c.N));
+    TRY(fmoe_check_topk(p->c.K, "N", p->c.N));
     a->T = p->c.T;
     a->K = p->c.K;
     a->N = p->c.N;
