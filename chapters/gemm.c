@@ -4,7 +4,7 @@
 #include <string.h>
 
 enum {
-    LINE = 256,           /* elements of a row that are converted at a time */
+    LINE = 64,            /* elements of a row that are packed at a time: their part of a panel stays in L1 */
     BLOCK_BYTES = 1 << 18 /* of packed B, per thread: stays in the second-level cache while A streams past */
 };
 
@@ -74,28 +74,26 @@ static const void *element(const gemm_operand *x, const void *data, int64_t row,
     return (const char *)data + (r * x->row_stride + p * x->depth_stride) * (int64_t)fmoe_dtype_size(x->dtype);
 }
 
-/* Up to four rows that lie along k, as columns of a panel. */
-static void pack_rows(const gemm_operand *x, const void *data, int64_t row, int64_t rows, int64_t k, float *out,
-                      int64_t width) {
+/* Up to four rows that lie along k, `length` elements of each from `first` on, as columns of a panel. */
+static void pack_rows(const gemm_operand *x, const void *data, int64_t row, int64_t rows, int64_t first, int64_t length,
+                      float *out, int64_t width) {
     float lines[4][LINE];
-    for (int64_t first = 0; first < k; first += LINE, out += LINE * width) {
-        int64_t length = smaller(LINE, k - first), p = 0;
-        const float *from[4];
-        for (int64_t r = 0; r < rows; r++) {
-            from[r] = element(x, data, row + r, first);
-            if (x->dtype != FMOE_F32) {
-                fmoe_to_f32(x->dtype, length, from[r], lines[r]);
-                from[r] = lines[r];
-            }
+    const float *from[4];
+    int64_t p = 0;
+    for (int64_t r = 0; r < rows; r++) {
+        from[r] = element(x, data, row + r, first);
+        if (x->dtype != FMOE_F32) {
+            fmoe_to_f32(x->dtype, length, from[r], lines[r]);
+            from[r] = lines[r];
         }
-        for (; rows == 4 && p + 4 <= length; p += 4) {
-            const float *here[4] = {from[0] + p, from[1] + p, from[2] + p, from[3] + p};
-            transpose4(here, out + p * width, width);
-        }
-        for (; p < length; p++)
-            for (int64_t r = 0; r < rows; r++)
-                out[p * width + r] = from[r][p];
     }
+    for (; rows == 4 && p + 4 <= length; p += 4) {
+        const float *here[4] = {from[0] + p, from[1] + p, from[2] + p, from[3] + p};
+        transpose4(here, out + p * width, width);
+    }
+    for (; p < length; p++)
+        for (int64_t r = 0; r < rows; r++)
+            out[p * width + r] = from[r][p];
 }
 
 /* Rows `row` to `row + part` of one matrix into a panel whose rows are `width` floats apart; what lies beyond the
@@ -106,8 +104,10 @@ static void pack(const gemm_operand *x, const void *data, int64_t rows, int64_t 
     for (int64_t p = 0; filled < part && p < k; p++)
         memset(out + p * width + filled, 0, sizeof(float) * (size_t)(part - filled));
     if (x->depth_stride == 1)
-        for (int64_t r = 0; r < filled; r += 4)
-            pack_rows(x, data, row + r, smaller(4, filled - r), k, out + r, width);
+        for (int64_t first = 0; first < k; first += LINE)
+            for (int64_t r = 0; r < filled; r += 4)
+                pack_rows(x, data, row + r, smaller(4, filled - r), first, smaller(LINE, k - first),
+                          out + first * width + r, width);
     else
         for (int64_t p = 0; p < k; p++)
             fmoe_to_f32(x->dtype, filled, element(x, data, row, p), out + p * width);

@@ -551,7 +551,7 @@ static const char *rungs_on_changed(uint64_t seed, const char *name, void (*chan
 static void enlarge(float *x, int64_t T, int64_t d) {
     for (int64_t t = 0; t < T; t++)
         for (int64_t i = 0; i < d; i++)
-            x[t * d + i] *= t % 3 == 0 ? 1 : t % 3 == 1 ? 30 : 3000;
+            x[t * d + i] *= t % 3 == 0 ? 1.0f : t % 3 == 1 ? 30.0f : 3000.0f;
 }
 
 static const char *extreme(const int64_t *size, uint64_t seed) {
