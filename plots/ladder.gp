@@ -2,7 +2,8 @@
 #
 #   gnuplot -e "csv='build/results/chapter3.csv'; svg='chapter3.svg'; title='Chapter 3: ...'" plots/ladder.gp
 #
-# Without svg (or with svg='') it draws in the terminal. ops='topk mlp' limits it to these ops.
+# Without svg (or with svg='') it draws in the terminal. ops='topk mlp' limits it to these ops; without it, all but those
+# that have figures of their own.
 if (!exists('svg')) svg = ''
 if (!exists('title')) title = csv
 if (!exists('ops')) ops = ''
