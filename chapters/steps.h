@@ -73,19 +73,19 @@ typedef struct {
     int64_t T, d, I, N, K, n;
     bool training, norm_topk_prob;
     fmoe_dtype dtype;
-    const void *x;             /* [T, d] dtype */
-    const void *router_gate;   /* [2n, d] dtype */
-    const void *down_embed;    /* [N, d] dtype */
-    const void *up_embed;      /* [N, d] dtype */
-    const void *gate_proj;     /* [I, d] dtype */
-    const void *up_proj;       /* [I, d] dtype */
-    const void *down_proj;     /* [d, I] dtype */
-    float *running_mean;       /* [d]; moves in training */
-    float *running_var;        /* [d]; moves in training */
-    void *y;                   /* [T, d] dtype */
-    float *router_logits;      /* [2, T, n] */
-    float *scores;             /* [T, K] */
-    int32_t *indices;          /* [T, K] */
+    const void *x;           /* [T, d] dtype */
+    const void *router_gate; /* [2n, d] dtype */
+    const void *down_embed;  /* [N, d] dtype */
+    const void *up_embed;    /* [N, d] dtype */
+    const void *gate_proj;   /* [I, d] dtype */
+    const void *up_proj;     /* [I, d] dtype */
+    const void *down_proj;   /* [d, I] dtype */
+    float *running_mean;     /* [d]; moves in training */
+    float *running_var;      /* [d]; moves in training */
+    void *y;                 /* [T, d] dtype */
+    float *router_logits;    /* [2, T, n] */
+    float *scores;           /* [T, K] */
+    int32_t *indices;        /* [T, K] */
 } fmoe_layer_args;
 
 /* Chapter 9. Weight gradients are dense, in the storage type, overwriting. */
@@ -133,10 +133,10 @@ typedef struct {
 
 typedef struct {
     fmoe_layer_args forward;
-    const void *dy;                                             /* [T, d] dtype */
-    void *dx;                                                   /* [T, d] dtype */
-    void *drouter_gate, *ddown_embed, *dup_embed;               /* like the weights */
-    void *dgate_proj, *dup_proj, *ddown_proj;                   /* like the weights */
+    const void *dy;                               /* [T, d] dtype */
+    void *dx;                                     /* [T, d] dtype */
+    void *drouter_gate, *ddown_embed, *dup_embed; /* like the weights */
+    void *dgate_proj, *dup_proj, *ddown_proj;     /* like the weights */
 } fmoe_layer_backward_args;
 
 /* chapters/step_router.c, step_topk.c, ...: how to draw each step's problem, its reference and its floor. */

@@ -87,7 +87,7 @@ int64_t fmoe_compare_indices(int64_t T, int64_t n, int64_t K, const float *logit
 /* ---- Step: router (chapter 2) ------------------------------------------------------------------------------------
  * Batch normalisation without an affine part (Ioffe and Szegedy 2015), then a projection onto 2n keys. */
 
-#define FMOE_NORM_EPS 1e-5
+#define FMOE_NORM_EPS      1e-5
 #define FMOE_NORM_MOMENTUM 0.1
 
 /* x̂ = (x − mean) / sqrt(var + eps), per hidden unit. In training mean and biased variance are the batch's, and the
@@ -165,8 +165,8 @@ fmoe_status fmoe_expert(int64_t T, int64_t d, int64_t N, int64_t K, const float 
 /* The same function computed expert by expert along a schedule (fmoe_schedule). The activations go back to token
  * order before the second phase, so y has the same bits as fmoe_expert's. */
 fmoe_status fmoe_expert_scheduled(int64_t T, int64_t d, int64_t N, int64_t K, const float *x, const float *down,
-                                  const float *up, const int32_t *indices, const float *weights,
-                                  const int32_t *offsets, const int32_t *pairs, float *y, float *pre_activations);
+                                  const float *up, const int32_t *indices, const float *weights, const int32_t *offsets,
+                                  const int32_t *pairs, float *y, float *pre_activations);
 
 /* Gradients, each optional: dx [T, d], ddown, dup [N, d], dweights [T, K], from dy [T, d]. */
 fmoe_status fmoe_expert_backward(int64_t T, int64_t d, int64_t N, int64_t K, const float *x, const float *down,
@@ -207,7 +207,7 @@ typedef struct {
     float *running_var;       /* router_norm.running_var [d]: moves in training */
 } fmoe_weights;
 
-/* What a forward pass returns. y is required, the others optional. The backward pass reads router_logits and indices. */
+/* What a forward pass returns. y is required, the others optional; backward reads router_logits and indices. */
 typedef struct {
     float *y;             /* [T, d] */
     float *router_logits; /* [2, T, n] */
@@ -255,9 +255,9 @@ fmoe_status fmoe_file_parse(const void *bytes, size_t size, const char *name, fm
 void fmoe_file_close(fmoe_file *file);
 
 int64_t fmoe_file_count(const fmoe_file *file);
-const fmoe_tensor *fmoe_file_tensor(const fmoe_file *file, int64_t i);              /* by position; NULL beyond */
-const fmoe_tensor *fmoe_file_find(const fmoe_file *file, const char *name);         /* NULL if there is none */
-const char *fmoe_file_metadata(const fmoe_file *file, const char *key);             /* NULL if there is none */
+const fmoe_tensor *fmoe_file_tensor(const fmoe_file *file, int64_t i);      /* by position; NULL beyond */
+const fmoe_tensor *fmoe_file_find(const fmoe_file *file, const char *name); /* NULL if there is none */
+const char *fmoe_file_metadata(const fmoe_file *file, const char *key);     /* NULL if there is none */
 
 /* The named tensor as float32, of exactly this shape; the caller frees *values. A missing or misshapen tensor is
  * FMOE_BAD_FILE. */
