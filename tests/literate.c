@@ -22,7 +22,7 @@ static _Noreturn void give_up(const char *what) {
 }
 
 /* With the leak sanitizer linked in, a sentence that leaks fails: Criterion does not look at how a process leaves. */
-int __lsan_do_recoverable_leak_check(void) __attribute__((weak));
+int __lsan_do_recoverable_leak_check(void) __attribute__((weak)); // NOLINT(bugprone-reserved-identifier)
 
 static void check_leaks(void) {
     cr_assert(!__lsan_do_recoverable_leak_check || !__lsan_do_recoverable_leak_check(), "memory was leaked");

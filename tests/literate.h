@@ -35,8 +35,9 @@ extern const char DOES_NOT_APPLY[]; /* these sizes make no case (not counted) */
 /* A failure's text, formatted into a buffer that lives until the next call. */
 const char *because(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
-#define SIZES(...) (const int64_t[][MAX_SIZES]){__VA_ARGS__}, \
-    sizeof((const int64_t[][MAX_SIZES]){__VA_ARGS__}) / sizeof(int64_t[MAX_SIZES])
+#define SIZES(...)                                                                                                     \
+    (const int64_t[][MAX_SIZES]){__VA_ARGS__},                                                                         \
+        sizeof((const int64_t[][MAX_SIZES]){__VA_ARGS__}) / sizeof(int64_t[MAX_SIZES])
 
 /* names: "T n K", one word a size. Fails the sentence at the first row that does not hold. */
 void for_sizes(const char *names, property *holds, const int64_t (*rows)[MAX_SIZES], size_t num_rows);
