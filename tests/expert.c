@@ -1,0 +1,748 @@
+/* Chapters 1 and 5: the expert step, token by token and along a schedule, and both ladders. */
+#include "literate.h"
+
+#include <math.h>
+#include <omp.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* One expert step: sizes, inputs, all in memory of their own. */
+typedef struct {
+    int64_t T, d, N, K;
+    float *x, *down, *up, *weights;
+    int32_t *indices;
+    int32_t *offsets, *pairs; /* its schedule, where asked for */
+} expert;
+
+static void *memory(int64_t count, size_t size) {
+    void *bytes = calloc((size_t)count + 1, size);
+    cr_assert(bytes != NULL, "out of memory");
+    return bytes;
+}
+
+static float *normal(uint64_t seed, uint64_t stream, int64_t count, double scale) {
+    float *values = memory(count, sizeof *values);
+    fmoe_fill_normal(seed, stream, (float)scale, count, values);
+    return values;
+}
+
+/* Any indices, repeated ones included, and weights of both signs. */
+static expert new_expert(uint64_t seed, int64_t T, int64_t d, int64_t N, int64_t K) {
+    expert m = {.T = T, .d = d, .N = N, .K = K};
+    m.x = normal(seed, 1, T * d, 1);
+    m.down = normal(seed, 2, N * d, 1 / sqrt((double)d));
+    m.up = normal(seed, 3, N * d, 1);
+    m.weights = normal(seed, 4, T * K, 1);
+    m.indices = memory(T * K, sizeof *m.indices);
+    for (int64_t i = 0; i < T * K; i++)
+        m.indices[i] = (int32_t)(fmoe_random_bits(seed, 5, (uint64_t)i) % (uint64_t)N);
+    return m;
+}
+
+static void free_expert(expert *m) {
+    free(m->x);
+    free(m->down);
+    free(m->up);
+    free(m->weights);
+    free(m->indices);
+    free(m->offsets);
+    free(m->pairs);
+}
+
+/* The reference on outputs full of NaN. pre_activations may be NULL. */
+static float *run(const expert *m, float *pre_activations) {
+    float *y = memory(m->T * m->d, sizeof *y);
+    memset(y, 0xff, (size_t)(m->T * m->d) * sizeof *y);
+    fmoe_status status =
+        fmoe_expert(m->T, m->d, m->N, m->K, m->x, m->down, m->up, m->indices, m->weights, y, pre_activations);
+    cr_assert(status == FMOE_OK, "%s", fmoe_error_message());
+    return y;
+}
+
+static void add_schedule(expert *m) {
+    m->offsets = memory(m->N + 1, sizeof *m->offsets);
+    m->pairs = memory(m->T * m->K, sizeof *m->pairs);
+    fmoe_status status = fmoe_schedule(m->T, m->K, m->N, m->indices, m->offsets, m->pairs);
+    cr_assert(status == FMOE_OK, "%s", fmoe_error_message());
+}
+
+static fmoe_status try_scheduled(const expert *m, float *y, float *pre_activations) {
+    return fmoe_expert_scheduled(m->T, m->d, m->N, m->K, m->x, m->down, m->up, m->indices, m->weights, m->offsets,
+                                 m->pairs, y, pre_activations);
+}
+
+static float *run_scheduled(const expert *m, float *pre_activations) {
+    float *y = memory(m->T * m->d, sizeof *y);
+    memset(y, 0xff, (size_t)(m->T * m->d) * sizeof *y);
+    fmoe_status status = try_scheduled(m, y, pre_activations);
+    cr_assert(status == FMOE_OK, "%s", fmoe_error_message());
+    return y;
+}
+
+/* What the terms of y would add up to if they were orthogonal: sums may cancel, their rounding errors do not. */
+static double scale_of(const expert *m) {
+    double sum = 0;
+    for (int64_t i = 0; i < m->T * m->K; i++) {
+        double s = 0, norm = 0;
+        for (int64_t c = 0; c < m->d; c++) {
+            double up = m->up[m->indices[i] * m->d + c];
+            s += (double)m->x[i / m->K * m->d + c] * m->down[m->indices[i] * m->d + c];
+            norm += up * up;
+        }
+        sum += pow(s / (1 + exp(-s)) * m->weights[i], 2) * norm;
+    }
+    return sqrt(sum);
+}
+
+/* HOLDS if ‖y − expected‖ is rounding only: float32's limit, measured against the terms summed. */
+static const char *close_to(const expert *m, const float *y, const float *expected) {
+    double sum = 0, scale = scale_of(m);
+    for (int64_t i = 0; i < m->T * m->d; i++)
+        sum += pow((double)y[i] - expected[i], 2);
+    if (sqrt(sum) <= 1e-6 * scale) /* false for NaN */
+        return HOLDS;
+    return because("y is off by %.3g of its terms' norm %.3g", sqrt(sum) / scale, scale);
+}
+
+static const char *same_as(const expert *m, const float *y, const float *expected) {
+    for (int64_t i = 0; i < m->T * m->d; i++)
+        if (memcmp(&y[i], &expected[i], sizeof *y) != 0)
+            return because("token %lld, column %lld: %.9g and %.9g", (long long)(i / m->d), (long long)(i % m->d),
+                           (double)y[i], (double)expected[i]);
+    return HOLDS;
+}
+
+/* ==== Chapter 1 =================================================================================================== */
+
+/* ---- The definition ---------------------------------------------------------------------------------------------- */
+
+/* Y = (silu(X · downᵀ) ⊙ M) · up with M [T, N] holding the routing weights, zero where a token does not go. */
+static float *masked_dense(const expert *m) {
+    float *y = memory(m->T * m->d, sizeof *y);
+    long double *mask = memory(m->N, sizeof *mask), *sum = memory(m->d, sizeof *sum);
+    for (int64_t t = 0; t < m->T; t++) {
+        memset(mask, 0, (size_t)m->N * sizeof *mask);
+        memset(sum, 0, (size_t)m->d * sizeof *sum);
+        for (int64_t k = 0; k < m->K; k++)
+            mask[m->indices[t * m->K + k]] += m->weights[t * m->K + k];
+        for (int64_t e = 0; e < m->N; e++) {
+            long double s = 0;
+            for (int64_t c = 0; c < m->d; c++)
+                s += (long double)m->x[t * m->d + c] * m->down[e * m->d + c];
+            for (int64_t c = 0; c < m->d; c++)
+                sum[c] += s / (1 + expl(-s)) * mask[e] * m->up[e * m->d + c];
+        }
+        for (int64_t c = 0; c < m->d; c++)
+            y[t * m->d + c] = (float)sum[c];
+    }
+    free(mask);
+    free(sum);
+    return y;
+}
+
+static const char *equals_masked_dense(const int64_t *size, uint64_t seed) {
+    if (size[3] > size[2])
+        return DOES_NOT_APPLY;
+    expert m = new_expert(seed, size[0], size[1], size[2], size[3]);
+    float *y = run(&m, NULL), *expected = masked_dense(&m);
+    const char *result = close_to(&m, y, expected);
+    free(y);
+    free(expected);
+    free_expert(&m);
+    return result;
+}
+
+SENTENCE(1, 1, "The expert step is a dense layer of N neurons under a mask of routing weights.",
+         "the definition, with nothing left out: any sizes, indices and signs of the weights",
+         "all T·N products in long double") {
+    for_sizes("T d N K", equals_masked_dense,
+              SIZES({1, 1, 1, 1}, {5, 1, 7, 3}, {3, 7, 4, 4}, {29, 72, 50, 6}, {7, 64, 65, 64}, {2, 130, 9, 5},
+                    {3, 1024, 31, 8}));
+    for_random_sizes("T d N K", equals_masked_dense, 20, (int64_t[]){1, 1, 1, 1}, (int64_t[]){20, 140, 60, 40});
+}
+
+static const char *returns_pre_activations(const int64_t *size, uint64_t seed) {
+    if (size[3] > size[2])
+        return DOES_NOT_APPLY;
+    expert m = new_expert(seed, size[0], size[1], size[2], size[3]);
+    float *s = memory(m.T * m.K, sizeof *s);
+    float *y = run(&m, s), *without = run(&m, NULL);
+    const char *result = same_as(&m, y, without);
+    for (int64_t i = 0; i < m.T * m.K && result == HOLDS; i++) {
+        long double sum = 0, scale = 0;
+        for (int64_t c = 0; c < m.d; c++) {
+            long double term = (long double)m.x[i / m.K * m.d + c] * m.down[m.indices[i] * m.d + c];
+            sum += term;
+            scale += fabsl(term);
+        }
+        if (!(fabsl(s[i] - sum) <= 1e-7L * scale + 1e-40L))
+            result = because("pair %lld: %.9g, ⟨x, down⟩ is %.9Lg", (long long)i, (double)s[i], sum);
+    }
+    free(y);
+    free(without);
+    free(s);
+    free_expert(&m);
+    return result;
+}
+
+SENTENCE(1, 2, "The pre-activations returned are ⟨x, down⟩, and asking for them changes nothing.",
+         "the backward pass is built on them", "dot products in long double; the run without them") {
+    for_sizes("T d N K", returns_pre_activations, SIZES({1, 1, 1, 1}, {6, 5, 7, 3}, {11, 72, 40, 9}, {3, 257, 5, 5}));
+}
+
+/* ---- What follows from it ---------------------------------------------------------------------------------------- */
+
+static const char *one_hot_is_one_expert(const int64_t *size, uint64_t seed) {
+    if (size[3] > size[2])
+        return DOES_NOT_APPLY;
+    expert m = new_expert(seed, size[0], size[1], size[2], size[3]);
+    float *s = memory(m.T * m.K, sizeof *s), *expected = memory(m.T * m.d, sizeof *expected);
+    memset(m.weights, 0, (size_t)(m.T * m.K) * sizeof *m.weights);
+    for (int64_t t = 0; t < m.T; t++)
+        m.weights[t * m.K + (int64_t)(fresh_seed() % (uint64_t)m.K)] = 1;
+    float *y = run(&m, s);
+    for (int64_t i = 0; i < m.T * m.K; i++)
+        if (m.weights[i] == 1)
+            for (int64_t c = 0; c < m.d; c++)
+                expected[i / m.K * m.d + c] =
+                    (float)((double)s[i] / (1 + exp(-(double)s[i]))) * m.up[m.indices[i] * m.d + c];
+    const char *result = close_to(&m, y, expected);
+    free(y);
+    free(s);
+    free(expected);
+    free_expert(&m);
+    return result;
+}
+
+SENTENCE(1, 3, "A weight of one among zeros leaves silu(s) times that expert's up row.",
+         "one expert is one neuron: a number times a row", "closed form") {
+    for_sizes("T d N K", one_hot_is_one_expert, SIZES({1, 1, 1, 1}, {5, 3, 6, 4}, {9, 70, 33, 8}, {4, 16, 12, 12}));
+}
+
+static const char *linear_in_weights(const int64_t *size, uint64_t seed) {
+    if (size[3] > size[2])
+        return DOES_NOT_APPLY;
+    expert m = new_expert(seed, size[0], size[1], size[2], size[3]);
+    float *first = m.weights, *second = normal(seed, 6, m.T * m.K, 1), *both = memory(m.T * m.K, sizeof *both);
+    for (int64_t i = 0; i < m.T * m.K; i++)
+        both[i] = first[i] - 3 * second[i];
+    float *y_first = run(&m, NULL);
+    m.weights = second;
+    float *y_second = run(&m, NULL);
+    m.weights = both;
+    float *y = run(&m, NULL);
+    for (int64_t i = 0; i < m.T * m.d; i++)
+        y_first[i] -= 3 * y_second[i];
+    const char *result = close_to(&m, y, y_first);
+    m.weights = first;
+    free(second);
+    free(both);
+    free(y_first);
+    free(y_second);
+    free(y);
+    free_expert(&m);
+    return result;
+}
+
+SENTENCE(1, 4, "The output is linear in the routing weights, negative ones too.",
+         "a weight multiplies after silu, never before it", "f(g − 3h) = f(g) − 3·f(h)") {
+    for_sizes("T d N K", linear_in_weights, SIZES({1, 1, 1, 1}, {5, 3, 6, 4}, {9, 70, 33, 8}, {4, 16, 12, 12}));
+}
+
+static const char *any_order_of_experts(const int64_t *size, uint64_t seed) {
+    if (size[3] > size[2])
+        return DOES_NOT_APPLY;
+    expert m = new_expert(seed, size[0], size[1], size[2], size[3]);
+    float *y = run(&m, NULL);
+    for (int64_t t = 0; t < m.T; t++) /* turned around */
+        for (int64_t k = 0; k < m.K / 2; k++) {
+            int64_t i = t * m.K + k, j = t * m.K + m.K - 1 - k;
+            int32_t index = m.indices[i];
+            float weight = m.weights[i];
+            m.indices[i] = m.indices[j], m.indices[j] = index;
+            m.weights[i] = m.weights[j], m.weights[j] = weight;
+        }
+    float *turned = run(&m, NULL);
+    const char *result = close_to(&m, turned, y);
+    free(y);
+    free(turned);
+    free_expert(&m);
+    return result;
+}
+
+SENTENCE(1, 5, "The order of a token's experts changes nothing but rounding.", "y is a sum over a set",
+         "the same experts listed backwards") {
+    for_sizes("T d N K", any_order_of_experts, SIZES({1, 1, 2, 2}, {5, 3, 6, 4}, {9, 70, 33, 8}, {4, 16, 12, 12}));
+}
+
+static const char *repeated_is_summed(const int64_t *size, uint64_t seed) {
+    if (size[3] > size[2] || size[3] < 2)
+        return DOES_NOT_APPLY;
+    expert m = new_expert(seed, size[0], size[1], size[2], size[3]);
+    for (int64_t t = 0; t < m.T; t++)
+        m.indices[t * m.K + m.K - 1] = m.indices[t * m.K];
+    float *twice = run(&m, NULL);
+    for (int64_t t = 0; t < m.T; t++) {
+        m.weights[t * m.K] += m.weights[t * m.K + m.K - 1];
+        m.weights[t * m.K + m.K - 1] = 0;
+    }
+    float *once = run(&m, NULL);
+    /* The terms of the run with two, so that a sum of weights that cancels does not make the limit zero. */
+    float *expected = masked_dense(&m);
+    double scale = scale_of(&m) + 1e-3, off = 0;
+    for (int64_t i = 0; i < m.T * m.d; i++)
+        off = fmax(off, fmax(fabs((double)twice[i] - once[i]), fabs((double)once[i] - expected[i])));
+    const char *result = off <= 1e-5 * scale ? HOLDS : because("y moves by %.3g, its scale is %.3g", off, scale);
+    free(twice);
+    free(once);
+    free(expected);
+    free_expert(&m);
+    return result;
+}
+
+SENTENCE(1, 6, "An expert named twice counts as once with the sum of both weights.",
+         "the stand-alone operator takes any indices, repeated ones included",
+         "weights merged by hand; all T·N products in long double") {
+    for_sizes("T d N K", repeated_is_summed, SIZES({1, 1, 2, 2}, {5, 3, 6, 4}, {9, 70, 33, 8}, {4, 16, 12, 12}));
+}
+
+static const char *zero_weights_give_zero(const int64_t *size, uint64_t seed) {
+    if (size[3] > size[2])
+        return DOES_NOT_APPLY;
+    expert m = new_expert(seed, size[0], size[1], size[2], size[3]);
+    int64_t silent = (int64_t)(fresh_seed() % (uint64_t)m.T);
+    memset(m.weights + silent * m.K, 0, (size_t)m.K * sizeof *m.weights);
+    float *y = run(&m, NULL);
+    const char *result = HOLDS;
+    for (int64_t c = 0; c < m.d && result == HOLDS; c++)
+        if (y[silent * m.d + c] != 0)
+            result = because("token %lld, column %lld is %.9g", (long long)silent, (long long)c,
+                             (double)y[silent * m.d + c]);
+    free(y);
+    free_expert(&m);
+    return result;
+}
+
+SENTENCE(1, 7, "A token whose weights are all zero gets zeros, exactly.", "nothing else is added to the sum", "zero") {
+    for_sizes("T d N K", zero_weights_give_zero, SIZES({1, 1, 1, 1}, {5, 3, 6, 4}, {9, 70, 33, 8}, {4, 16, 12, 12}));
+}
+
+static const char *tokens_are_alone(const int64_t *size, uint64_t seed) {
+    if (size[3] > size[2])
+        return DOES_NOT_APPLY;
+    expert m = new_expert(seed, size[0], size[1], size[2], size[3]);
+    float *y = run(&m, NULL);
+    int64_t bad = (int64_t)(fresh_seed() % (uint64_t)m.T);
+    for (int64_t c = 0; c < m.d; c++)
+        m.x[bad * m.d + c] = NAN;
+    float *after = run(&m, NULL);
+    const char *result = HOLDS;
+    for (int64_t i = 0; i < m.T * m.d && result == HOLDS; i++) {
+        bool fine = i / m.d == bad ? isnan(after[i]) : memcmp(&after[i], &y[i], sizeof *y) == 0;
+        if (!fine)
+            result = because("token %lld is NaN and token %lld goes from %.9g to %.9g", (long long)bad,
+                             (long long)(i / m.d), (double)y[i], (double)after[i]);
+    }
+    free(y);
+    free(after);
+    free_expert(&m);
+    return result;
+}
+
+SENTENCE(1, 8, "A token of NaNs becomes NaN and touches no other token.", "tokens share experts, not results",
+         "the run without it, bit for bit") {
+    for_sizes("T d N K", tokens_are_alone, SIZES({2, 1, 1, 1}, {5, 3, 6, 4}, {9, 70, 33, 8}, {65, 16, 12, 12}));
+}
+
+static const char *reference_repeats(const int64_t *size, uint64_t seed) {
+    static const int threads[] = {2, 3, 7, 7};
+    if (size[3] > size[2])
+        return DOES_NOT_APPLY;
+    expert m = new_expert(seed, size[0], size[1], size[2], size[3]);
+    int before = omp_get_max_threads();
+    omp_set_num_threads(1);
+    float *one = run(&m, NULL);
+    const char *result = HOLDS;
+    for (size_t i = 0; i < sizeof threads / sizeof threads[0] && result == HOLDS; i++) {
+        omp_set_num_threads(threads[i]);
+        float *y = run(&m, NULL);
+        result = same_as(&m, y, one);
+        free(y);
+    }
+    omp_set_num_threads(before);
+    free(one);
+    free_expert(&m);
+    return result;
+}
+
+SENTENCE(1, 9, "The reference gives the same bits with 1, 2, 3 and 7 threads, and again.",
+         "every output has one owner and one order of its sum", "the run with one thread") {
+    for_sizes("T d N K", reference_repeats,
+              SIZES({1, 1, 1, 1}, {5, 3, 6, 4}, {200, 72, 33, 8}, {301, 64, 100, 16}, {64, 257, 12, 12}));
+}
+
+/* ---- Bad input --------------------------------------------------------------------------------------------------- */
+
+static void refused(fmoe_status is, fmoe_status should, const char *part) {
+    expect(is == should, "status is \"%s\" and should be \"%s\"", fmoe_status_name(is), fmoe_status_name(should));
+    expect(strstr(fmoe_error_message(), part) != NULL, "the message \"%s\" does not say \"%s\"", fmoe_error_message(),
+           part);
+}
+
+SENTENCE(1, 10, "Bad input is refused with a status, and a message that names argument, value and limit.",
+         "library functions never exit, abort or print", "a table of bad calls") {
+    expert m = new_expert(fresh_seed(), 3, 4, 5, 2);
+    float y[12], *x = m.x, *down = m.down, *up = m.up, *g = m.weights;
+    int32_t *e = m.indices;
+    refused(fmoe_expert(-1, 4, 5, 2, x, down, up, e, g, y, NULL), FMOE_BAD_SIZE, "-1");
+    refused(fmoe_expert(3, 0, 5, 2, x, down, up, e, g, y, NULL), FMOE_BAD_SIZE, "hidden_size = 0");
+    refused(fmoe_expert(3, 4, 0, 2, x, down, up, e, g, y, NULL), FMOE_BAD_SIZE, "num_experts = 0");
+    refused(fmoe_expert(3, 4, 5, 0, x, down, up, e, g, y, NULL), FMOE_BAD_TOPK, "num_experts_per_tok = 0");
+    refused(fmoe_expert(3, 4, 5, 6, x, down, up, e, g, y, NULL), FMOE_BAD_TOPK, "num_experts_per_tok = 6");
+    refused(fmoe_expert(INT64_MAX / 2, 4, 5, 2, x, down, up, e, g, y, NULL), FMOE_OVERFLOW, "4611686018427387903");
+    refused(fmoe_expert(3, 4, 5, 2, NULL, down, up, e, g, y, NULL), FMOE_NULL_POINTER, "x is");
+    refused(fmoe_expert(3, 4, 5, 2, x, NULL, up, e, g, y, NULL), FMOE_NULL_POINTER, "down_embed");
+    refused(fmoe_expert(3, 4, 5, 2, x, down, NULL, e, g, y, NULL), FMOE_NULL_POINTER, "up_embed");
+    refused(fmoe_expert(3, 4, 5, 2, x, down, up, NULL, g, y, NULL), FMOE_NULL_POINTER, "indices");
+    refused(fmoe_expert(3, 4, 5, 2, x, down, up, e, NULL, y, NULL), FMOE_NULL_POINTER, "weights");
+    refused(fmoe_expert(3, 4, 5, 2, x, down, up, e, g, NULL, NULL), FMOE_NULL_POINTER, "y is");
+    m.indices[5] = 5;
+    refused(fmoe_expert(3, 4, 5, 2, x, down, up, e, g, y, NULL), FMOE_BAD_INDEX, "5");
+    m.indices[5] = -7;
+    refused(fmoe_expert(3, 4, 5, 2, x, down, up, e, g, y, NULL), FMOE_BAD_INDEX, "-7");
+    free_expert(&m);
+}
+
+SENTENCE(1, 11, "No tokens are legal: nothing is read, nothing is written.", "the last batch may be empty",
+         "guard values, and NULL for what is empty") {
+    float table[6] = {1, 2, 3, 4, 5, 6}, y[2] = {7, 8};
+    expect(fmoe_expert(0, 2, 3, 1, NULL, table, table, NULL, NULL, NULL, NULL) == FMOE_OK, "%s", fmoe_error_message());
+    expect(fmoe_expert(0, 2, 3, 1, table, table, table, NULL, NULL, y, y + 1) == FMOE_OK, "%s", fmoe_error_message());
+    expect(y[0] == 7 && y[1] == 8, "an output of no elements was written to");
+}
+
+/* ---- The ladder -------------------------------------------------------------------------------------------------- */
+
+static const char *const dtypes[] = {"f32", "f16", "bf16"};
+
+/* T, d, N, K and which storage type; N is a square where the routing is the router's. */
+static const char *ladder_agrees(const fmoe_rung *rungs, const int64_t *size, const char *routing, uint64_t seed) {
+    if (size[3] > size[2] || size[4] > 2)
+        return DOES_NOT_APPLY;
+    return rungs_agree(&fmoe_step_expert, rungs, seed, "T%d-d%d-N%d-K%d-%s-%s", (int)size[0], (int)size[1],
+                       (int)size[2], (int)size[3], routing, dtypes[size[4]]);
+}
+
+static const char *ladder_repeats(const fmoe_rung *rungs, const int64_t *size, const char *routing, uint64_t seed) {
+    if (size[3] > size[2] || size[4] > 2)
+        return DOES_NOT_APPLY;
+    return rungs_repeat(&fmoe_step_expert, rungs, seed, "T%d-d%d-N%d-K%d-%s-%s", (int)size[0], (int)size[1],
+                        (int)size[2], (int)size[3], routing, dtypes[size[4]]);
+}
+
+/* d 1, 7, 72, 1024; K = N; T odd, 0 and larger than a thread's share; experts most of which are empty. */
+#define LADDER_SIZES                                                                                                   \
+    SIZES({0, 3, 2, 1, 0}, {1, 1, 1, 1, 0}, {5, 1, 9, 7, 1}, {3, 7, 4, 4, 2}, {29, 72, 50, 9, 0}, {29, 72, 50, 9, 1},  \
+          {29, 72, 50, 9, 2}, {7, 1024, 33, 16, 0}, {7, 1024, 33, 17, 1}, {101, 64, 16, 16, 2}, {301, 33, 7, 3, 0},    \
+          {3, 130, 4096, 5, 0}, {3, 200, 600, 520, 1})
+
+static const char *agrees1_uniform(const int64_t *size, uint64_t seed) {
+    return ladder_agrees(chapter1_rungs, size, "uniform", seed);
+}
+
+static const char *agrees1_hot(const int64_t *size, uint64_t seed) {
+    return ladder_agrees(chapter1_rungs, size, "hot", seed);
+}
+
+static const char *agrees1_normal(const int64_t *size, uint64_t seed) {
+    return ladder_agrees(chapter1_rungs, size, "normal", seed);
+}
+
+static const char *agrees1_trained(const int64_t *size, uint64_t seed) {
+    return ladder_agrees(chapter1_rungs, size, "trained", seed);
+}
+
+#define ROUTER_SIZES  SIZES({1, 1, 1, 1, 0}, {9, 7, 16, 16, 0}, {31, 40, 169, 12, 1}, {31, 40, 169, 9, 2})
+#define TRAINED_SIZES SIZES({1, 1, 16384, 1, 0}, {17, 12, 16384, 64, 0}, {17, 8, 16384, 65, 2})
+
+SENTENCE(1, 12, "Every rung of chapter 1 computes the reference's output, for any sizes, routing and storage type.",
+         "a fast wrong answer is worth nothing",
+         "fmoe_expert; NaN in outputs and workspace before, guard bands after") {
+    for_sizes("T d N K dtype", agrees1_uniform, LADDER_SIZES);
+    for_sizes("T d N K dtype", agrees1_hot, SIZES({13, 20, 40, 1, 0}, {13, 72, 40, 9, 1}, {40, 9, 3, 3, 2}));
+    for_sizes("T d N K dtype", agrees1_normal, ROUTER_SIZES);
+    for_sizes("T d N K dtype", agrees1_trained, TRAINED_SIZES);
+}
+
+static const char *repeats1(const int64_t *size, uint64_t seed) {
+    return ladder_repeats(chapter1_rungs, size, "uniform", seed);
+}
+
+#define REPEAT_SIZES                                                                                                   \
+    SIZES({1, 1, 1, 1, 0}, {29, 72, 50, 9, 0}, {29, 71, 50, 17, 1}, {29, 72, 50, 9, 2}, {131, 130, 64, 33, 0},         \
+          {301, 33, 7, 3, 0})
+
+SENTENCE(1, 13, "Every rung of chapter 1 writes the same bits with 1, 2, 3 and 7 threads, and again.",
+         "a token belongs to one thread, and its sum has one order", "the run with one thread") {
+    for_sizes("T d N K dtype", repeats1, REPEAT_SIZES);
+}
+
+/* The workspace that the best rung asks for, over its inputs and outputs. */
+static const char *stays_small(fmoe_workspace_fn *workspace, const int64_t *size, uint64_t seed) {
+    fmoe_case c;
+    fmoe_problem p;
+    char name[96];
+    if (size[3] > size[2] || size[4] > 2)
+        return DOES_NOT_APPLY;
+    snprintf(name, sizeof name, "T%d-d%d-N%d-K%d-uniform-%s", (int)size[0], (int)size[1], (int)size[2], (int)size[3],
+             dtypes[size[4]]);
+    cr_assert(fmoe_case_parse(name, &c) == FMOE_OK && fmoe_problem_new(&fmoe_step_expert, &c, seed, &p) == FMOE_OK,
+              "%s", fmoe_error_message());
+    double given = 0, asked = (double)workspace(p.args);
+    for (int i = 0; i < p.num_arguments; i++)
+        given += (double)p.arguments[i].count * (double)fmoe_dtype_size(p.arguments[i].dtype);
+    fmoe_problem_free(&p);
+    return asked < given ? HOLDS : because("%.0f bytes of workspace beside %.0f of inputs and outputs", asked, given);
+}
+
+static const char *small1(const int64_t *size, uint64_t seed) {
+    return stays_small(cpu_expert_token_best_workspace, size, seed);
+}
+
+#define MEMORY_SIZES                                                                                                   \
+    SIZES({1024, 16, 1024, 16, 0}, {1024, 16, 1024, 16, 2}, {256, 64, 4096, 64, 1}, {64, 256, 512, 8, 0})
+
+SENTENCE(1, 14, "Chapter 1's best rung needs less memory than its inputs and outputs.",
+         "a row is used where it lies, never copied for later", "the sum of the tensors' sizes") {
+    for_sizes("T d N K dtype", small1, MEMORY_SIZES);
+}
+
+/* ==== Chapter 5 =================================================================================================== */
+
+/* Which experts are asked for: 0 any, 1 every token also asks for expert 0, 2 all ask for the last one alone. */
+static void skew(expert *m, int64_t how) {
+    for (int64_t t = 0; t < m->T && how == 1; t++)
+        m->indices[t * m->K] = 0;
+    for (int64_t i = 0; i < m->T * m->K && how == 2; i++)
+        m->indices[i] = (int32_t)m->N - 1;
+}
+
+static const char *scheduled_is_the_same(const int64_t *size, uint64_t seed) {
+    if (size[3] > size[2] || size[4] > 2)
+        return DOES_NOT_APPLY;
+    expert m = new_expert(seed, size[0], size[1], size[2], size[3]);
+    skew(&m, size[4]);
+    add_schedule(&m);
+    float *y = run_scheduled(&m, NULL), *expected = run(&m, NULL);
+    const char *result = same_as(&m, y, expected);
+    free(y);
+    free(expected);
+    free_expert(&m);
+    return result;
+}
+
+#define SCHEDULED_SIZES                                                                                                \
+    SIZES({1, 1, 1, 1, 0}, {5, 1, 9, 7, 0}, {3, 7, 4, 4, 0}, {29, 72, 50, 6, 0}, {29, 72, 50, 6, 1},                   \
+          {29, 72, 50, 6, 2}, {131, 33, 7, 3, 1}, {3, 257, 100, 64, 2})
+
+SENTENCE(5, 1, "Along the schedule the output has the same bits as token by token.",
+         "activations go back to token order, and the second phase is one and the same",
+         "fmoe_expert, bit for bit; any indices, a hot expert, all experts empty but one") {
+    for_sizes("T d N K skew", scheduled_is_the_same, SCHEDULED_SIZES);
+}
+
+static const char *pre_activations_return(const int64_t *size, uint64_t seed) {
+    if (size[3] > size[2] || size[4] > 2)
+        return DOES_NOT_APPLY;
+    expert m = new_expert(seed, size[0], size[1], size[2], size[3]);
+    skew(&m, size[4]);
+    add_schedule(&m);
+    float *s = memory(m.T * m.K, sizeof *s), *expected = memory(m.T * m.K, sizeof *s);
+    float *y = run_scheduled(&m, s), *y_expected = run(&m, expected);
+    const char *result = HOLDS;
+    for (int64_t i = 0; i < m.T * m.K && result == HOLDS; i++)
+        if (memcmp(&s[i], &expected[i], sizeof *s) != 0)
+            result = because("pair %lld has %.9g, token by token it has %.9g", (long long)i, (double)s[i],
+                             (double)expected[i]);
+    free(s);
+    free(expected);
+    free(y);
+    free(y_expected);
+    free_expert(&m);
+    return result;
+}
+
+SENTENCE(5, 2, "Its pre-activations lie in token order, whatever order they were computed in.",
+         "who reads them later knows pairs, not positions", "fmoe_expert's, bit for bit") {
+    for_sizes("T d N K skew", pre_activations_return, SCHEDULED_SIZES);
+}
+
+static const char *scheduled_repeats(const int64_t *size, uint64_t seed) {
+    static const int threads[] = {2, 3, 7, 7};
+    if (size[3] > size[2] || size[4] > 2)
+        return DOES_NOT_APPLY;
+    expert m = new_expert(seed, size[0], size[1], size[2], size[3]);
+    skew(&m, size[4]);
+    add_schedule(&m);
+    int before = omp_get_max_threads();
+    omp_set_num_threads(1);
+    float *one = run_scheduled(&m, NULL);
+    const char *result = HOLDS;
+    for (size_t i = 0; i < sizeof threads / sizeof threads[0] && result == HOLDS; i++) {
+        omp_set_num_threads(threads[i]);
+        float *y = run_scheduled(&m, NULL);
+        result = same_as(&m, y, one);
+        free(y);
+    }
+    omp_set_num_threads(before);
+    free(one);
+    free_expert(&m);
+    return result;
+}
+
+SENTENCE(5, 3, "The scheduled reference gives the same bits with 1, 2, 3 and 7 threads, and again.",
+         "no thread adds to what another adds to", "the run with one thread") {
+    for_sizes("T d N K skew", scheduled_repeats,
+              SIZES({1, 1, 1, 1, 0}, {200, 72, 33, 8, 0}, {301, 64, 100, 16, 1}, {64, 257, 12, 12, 2}));
+}
+
+SENTENCE(5, 4, "A schedule that does not belong to the indices is refused, and so is every other bad input.",
+         "a wrong schedule would read beyond arrays or leave pairs out", "a table of bad calls") {
+    expert m = new_expert(fresh_seed(), 3, 4, 5, 2);
+    for (int32_t i = 0; i < 6; i++)
+        m.indices[i] = i % 3 + 1; /* experts 1, 2, 3, 1, 2, 3 */
+    add_schedule(&m);             /* offsets 0 0 2 4 6 6, pairs 0 3 1 4 2 5 */
+    float y[12];
+    expect(try_scheduled(&m, y, NULL) == FMOE_OK, "%s", fmoe_error_message());
+
+    expert bad = m;
+    bad.pairs = (int32_t[]){0, 3, 1, 4, 5, 2};
+    refused(try_scheduled(&bad, y, NULL), FMOE_BAD_INDEX, "pairs[5] = 2");
+    bad.pairs = (int32_t[]){1, 3, 0, 4, 2, 5};
+    refused(try_scheduled(&bad, y, NULL), FMOE_BAD_INDEX, "pairs[0] = 1");
+    bad.pairs = (int32_t[]){0, 3, 1, 1, 2, 5};
+    refused(try_scheduled(&bad, y, NULL), FMOE_BAD_INDEX, "pairs[3] = 1");
+    bad.pairs = (int32_t[]){0, 3, 1, 4, 2, 6};
+    refused(try_scheduled(&bad, y, NULL), FMOE_BAD_INDEX, "pairs[5] = 6");
+    bad.pairs = (int32_t[]){-1, 3, 1, 4, 2, 5};
+    refused(try_scheduled(&bad, y, NULL), FMOE_BAD_INDEX, "pairs[0] = -1");
+    bad.pairs = m.pairs;
+    bad.offsets = (int32_t[]){0, 0, 2, 4, 6, 5};
+    refused(try_scheduled(&bad, y, NULL), FMOE_BAD_INDEX, "5");
+    bad.offsets = (int32_t[]){0, 0, 4, 2, 6, 6};
+    refused(try_scheduled(&bad, y, NULL), FMOE_BAD_INDEX, "offsets[2] = 4");
+    bad.offsets = (int32_t[]){1, 0, 2, 4, 6, 6};
+    refused(try_scheduled(&bad, y, NULL), FMOE_BAD_INDEX, "from 1");
+    bad.offsets = NULL;
+    refused(try_scheduled(&bad, y, NULL), FMOE_NULL_POINTER, "offsets");
+    bad = m;
+    bad.pairs = NULL;
+    refused(try_scheduled(&bad, y, NULL), FMOE_NULL_POINTER, "pairs");
+    bad = m;
+    bad.K = 6;
+    refused(try_scheduled(&bad, y, NULL), FMOE_BAD_TOPK, "num_experts_per_tok = 6");
+    bad = m;
+    bad.down = NULL;
+    refused(try_scheduled(&bad, y, NULL), FMOE_NULL_POINTER, "down_embed");
+    refused(try_scheduled(&m, NULL, NULL), FMOE_NULL_POINTER, "y is");
+    m.indices[0] = 5;
+    refused(try_scheduled(&m, y, NULL), FMOE_BAD_INDEX, "5");
+    free_expert(&m);
+}
+
+SENTENCE(5, 5, "A schedule of no tokens is legal and writes nothing.", "the last batch may be empty",
+         "guard values, and NULL for what is empty") {
+    float table[6] = {1, 2, 3, 4, 5, 6}, y[2] = {7, 8};
+    int32_t offsets[4] = {0};
+    expert m = {.T = 0, .d = 2, .N = 3, .K = 1, .down = table, .up = table, .offsets = offsets};
+    expect(try_scheduled(&m, NULL, NULL) == FMOE_OK, "%s", fmoe_error_message());
+    expect(try_scheduled(&m, y, y + 1) == FMOE_OK, "%s", fmoe_error_message());
+    expect(y[0] == 7 && y[1] == 8, "an output of no elements was written to");
+}
+
+/* ---- The ladder -------------------------------------------------------------------------------------------------- */
+
+static const char *agrees5_uniform(const int64_t *size, uint64_t seed) {
+    return ladder_agrees(chapter5_rungs, size, "uniform", seed);
+}
+
+static const char *agrees5_hot(const int64_t *size, uint64_t seed) {
+    return ladder_agrees(chapter5_rungs, size, "hot", seed);
+}
+
+static const char *agrees5_normal(const int64_t *size, uint64_t seed) {
+    return ladder_agrees(chapter5_rungs, size, "normal", seed);
+}
+
+static const char *agrees5_trained(const int64_t *size, uint64_t seed) {
+    return ladder_agrees(chapter5_rungs, size, "trained", seed);
+}
+
+SENTENCE(5, 6, "Every rung of chapter 5 computes the reference's output, for any sizes, routing and storage type.",
+         "a fast wrong answer is worth nothing",
+         "fmoe_expert; NaN in outputs and workspace before, guard bands after") {
+    for_sizes("T d N K dtype", agrees5_uniform, LADDER_SIZES);
+    for_sizes("T d N K dtype", agrees5_hot, /* K = 1: all experts empty but one; 700 pairs: more than a chunk */
+              SIZES({13, 20, 40, 1, 0}, {700, 8, 40, 1, 0}, {13, 72, 40, 9, 1}, {40, 9, 3, 3, 2}));
+    for_sizes("T d N K dtype", agrees5_normal, ROUTER_SIZES);
+    for_sizes("T d N K dtype", agrees5_trained, TRAINED_SIZES);
+}
+
+static const char *repeats5(const int64_t *size, uint64_t seed) {
+    return ladder_repeats(chapter5_rungs, size, size[5] ? "hot" : "uniform", seed);
+}
+
+SENTENCE(5, 7, "Every rung of chapter 5 writes the same bits with 1, 2, 3 and 7 threads, and again.",
+         "a pair has one place in the schedule, an output one owner and one order of its sum",
+         "the run with one thread") {
+    for_sizes("T d N K dtype hot", repeats5,
+              SIZES({1, 1, 1, 1, 0, 0}, {29, 72, 50, 9, 0, 0}, {29, 71, 50, 17, 1, 1}, {29, 72, 50, 9, 2, 0},
+                    {131, 130, 64, 33, 0, 1}, {301, 33, 7, 3, 0, 0}, {700, 8, 40, 1, 0, 1}));
+}
+
+/* A problem whose rows of experts that no token asks for are NaN, in both tables. */
+static void spoil_unused(const fmoe_problem *p) {
+    const fmoe_expert_args *a = p->args;
+    float *down = fmoe_problem_find(p, "down")->data, *up = fmoe_problem_find(p, "up")->data;
+    bool *used = memory(a->N, sizeof *used);
+    for (int64_t i = 0; i < a->T * a->K; i++)
+        used[a->indices[i]] = true;
+    for (int64_t i = 0; i < a->N * a->d; i++)
+        if (!used[i / a->d])
+            down[i] = up[i] = NAN;
+    free(used);
+}
+
+static const char *unused_are_not_read(const int64_t *size, uint64_t seed) {
+    fmoe_case c;
+    fmoe_problem p;
+    char name[96], why[256] = "";
+    if (size[3] > size[2])
+        return DOES_NOT_APPLY;
+    snprintf(name, sizeof name, "T%d-d%d-N%d-K%d-uniform-f32", (int)size[0], (int)size[1], (int)size[2], (int)size[3]);
+    cr_assert(fmoe_case_parse(name, &c) == FMOE_OK && fmoe_problem_new(&fmoe_step_expert, &c, seed, &p) == FMOE_OK,
+              "%s", fmoe_error_message());
+    spoil_unused(&p);
+    const char *result = HOLDS;
+    for (const fmoe_rung *rung = chapter5_rungs; rung->run && result == HOLDS; rung++) {
+        double error;
+        if (fmoe_rung_check(rung, &p, &error, why) != FMOE_OK || !(error <= fmoe_error_limit(FMOE_F32)))
+            result = because("%s: %s", rung->name, why);
+    }
+    fmoe_problem_free(&p);
+    return result;
+}
+
+SENTENCE(5, 8, "Rows of experts that nobody asked for take no part.",
+         "a trained router leaves more than half of 16,384 experts idle", "NaN in every idle row of both tables") {
+    for_sizes("T d N K", unused_are_not_read, SIZES({1, 1, 2, 1}, {5, 7, 90, 3}, {20, 72, 300, 6}, {40, 33, 1000, 16}));
+}
+
+static const char *small5(const int64_t *size, uint64_t seed) {
+    return stays_small(cpu_expert_scheduled_best_workspace, size, seed);
+}
+
+SENTENCE(5, 9, "Chapter 5's best rung needs less memory than its inputs and outputs.",
+         "a schedule is two numbers a pair, as the routing itself is", "the sum of the tensors' sizes") {
+    for_sizes("T d N K dtype", small5, MEMORY_SIZES);
+}
