@@ -39,7 +39,7 @@ static void *take(space *s, size_t bytes) {
  * pairs rise, so that a token's pairs in it lie together. */
 typedef struct {
     int64_t width, count;
-    int32_t *block_of; /* [T, K]; later the tokens, see tokens_of */
+    int32_t *block_of; /* [T, K]; later the tokens, see find_groups */
     int32_t *offsets;  /* [count + 1] */
     int32_t *pairs;    /* [T·K] */
     int32_t *begins;   /* [T·K] */
@@ -89,12 +89,15 @@ static gemm_operand table_rows(const fmoe_expert_args *a, const void *table, int
 /* ---- Dense under a mask ------------------------------------------------------------------------------------------ */
 
 /* What is in memory at a time is a tile of T tokens × a block of experts, about 1 MB, never T × N. */
-enum { TILE_FLOATS = 1 << 18, MIN_BLOCK = 256 };
+enum { TILE_FLOATS = 1 << 18, MIN_WIDTH = 256 };
 
 typedef struct {
-    blocks b;
-    float *activations; /* [T·K], in the order of b.pairs */
-    float *tile;        /* [T, width]: a block's pre-activations, then its activations */
+    int shift;          /* a block is 1 << shift experts */
+    int64_t count;      /* of blocks */
+    int32_t *starts;    /* [T, count + 1]: where a token's pairs of each block begin in the next two arrays */
+    int32_t *experts;   /* [T, K]: a token's experts, block by block */
+    float *weights;     /* [T, K]: their routing weights; later their activations */
+    float *tile;        /* [T, block]: pre-activations, then activations */
     float *y;           /* [T, d] */
     float *row_buffers; /* [threads, d] */
     void *gemm_scratch;
@@ -107,10 +110,15 @@ static size_t larger(size_t a, size_t b) {
 
 static size_t lay_out_dense(const fmoe_expert_args *a, void *workspace, dense *s) {
     space w = {workspace, 0};
-    int64_t width = TILE_FLOATS / (a->T > 0 ? a->T : 1);
-    width = smaller(width > MIN_BLOCK ? width : MIN_BLOCK, a->N);
-    lay_out_blocks(a, width, &w, &s->b);
-    s->activations = take(&w, (size_t)num_pairs(a) * sizeof(float));
+    s->shift = 0;
+    while (((int64_t)1 << s->shift) < MIN_WIDTH ||
+           (a->T << (s->shift + 1) <= TILE_FLOATS && (int64_t)1 << s->shift < a->N))
+        s->shift++;
+    int64_t width = smaller((int64_t)1 << s->shift, a->N);
+    s->count = (a->N - 1) / ((int64_t)1 << s->shift) + 1;
+    s->starts = take(&w, (size_t)(a->T * (s->count + 1)) * sizeof(int32_t));
+    s->experts = take(&w, (size_t)num_pairs(a) * sizeof(int32_t));
+    s->weights = take(&w, (size_t)num_pairs(a) * sizeof(float));
     s->tile = take(&w, (size_t)(a->T * width) * sizeof(float));
     s->y = take(&w, (size_t)(a->T * a->d) * sizeof(float));
     s->row_buffers = take(&w, (size_t)omp_get_max_threads() * (size_t)a->d * sizeof(float));
@@ -124,31 +132,55 @@ size_t dense_workspace(const void *args) {
     return lay_out_dense(args, NULL, &s);
 }
 
-/* Where each token's pairs in the block begin: at the first pair that is its own or a later token's. */
-static void find_begins(const fmoe_expert_args *a, const blocks *b, int64_t block) {
-    int64_t i = b->offsets[block];
-    for (int64_t t = 0; t < a->T; t++) {
-        b->begins[t] = (int32_t)i;
-        while (i < b->offsets[block + 1] && b->pairs[i] < (t + 1) * a->K)
-            i++;
+// [token-sort]
+/* A token's pairs by block: chapter 4's counting sort, once a token, in the first-level cache. False if an index is
+ * none. */
+static bool sort_token(const fmoe_expert_args *a, const dense *s, int64_t t) {
+    int32_t *start = s->starts + t * (s->count + 1);
+    memset(start, 0, (size_t)(s->count + 1) * sizeof *start);
+    for (int64_t pair = t * a->K; pair < (t + 1) * a->K; pair++) {
+        if (a->indices[pair] < 0 || a->indices[pair] >= a->N)
+            return false;
+        start[(a->indices[pair] >> s->shift) + 1]++;
     }
+    for (int64_t block = 0; block < s->count; block++)
+        start[block + 1] += start[block];
+    for (int64_t pair = t * a->K; pair < (t + 1) * a->K; pair++) {
+        int64_t to = t * a->K + start[a->indices[pair] >> s->shift]++;
+        s->experts[to] = a->indices[pair];
+        s->weights[to] = a->weights[pair];
+    }
+    memmove(start + 1, start, (size_t)s->count * sizeof *start);
+    start[0] = 0;
+    return true;
+}
+// [/token-sort]
+
+typedef struct {
+    int64_t begin, end;
+} run;
+
+/* A token's pairs of one block. */
+static run run_of(const fmoe_expert_args *a, const dense *s, int64_t t, int64_t block) {
+    const int32_t *start = s->starts + t * (s->count + 1) + block;
+    return (run){t * a->K + start[0], t * a->K + start[1]};
 }
 
 // [mask]
 /* Turns a tile of pre-activations into one of activations: first the chosen pairs are picked, then everything is set
  * to zero, then they come back. An expert that a token chose twice adds up. */
-static void mask_tile(const fmoe_expert_args *a, const dense *s, int64_t first, int64_t width, int64_t end) {
-    const int32_t *pairs = s->b.pairs;
+static void mask_tile(const fmoe_expert_args *a, const dense *s, int64_t block, int64_t width) {
 #pragma omp parallel for schedule(static)
     for (int64_t t = 0; t < a->T; t++) {
         float *row = s->tile + t * width;
-        int64_t begin = s->b.begins[t], stop = t + 1 < a->T ? s->b.begins[t + 1] : end;
+        int64_t first = block << s->shift;
+        run r = run_of(a, s, t, block);
 #pragma omp simd
-        for (int64_t i = begin; i < stop; i++)
-            s->activations[i] = silu(row[a->indices[pairs[i]] - first]) * a->weights[pairs[i]];
+        for (int64_t i = r.begin; i < r.end; i++)
+            s->weights[i] *= silu(row[s->experts[i] - first]);
         memset(row, 0, (size_t)width * sizeof *row);
-        for (int64_t i = begin; i < stop; i++)
-            row[a->indices[pairs[i]] - first] += s->activations[i];
+        for (int64_t i = r.begin; i < r.end; i++)
+            row[s->experts[i] - first] += s->weights[i];
     }
 }
 // [/mask]
@@ -169,15 +201,15 @@ static bool all_finite(const fmoe_expert_args *a, int64_t first, int64_t rows, f
 }
 
 /* A block's part of y pair by pair, as the definition has it. */
-static void add_pairs(const fmoe_expert_args *a, const dense *s, int64_t end) {
-    const blocks *b = &s->b;
+static void add_pairs(const fmoe_expert_args *a, const dense *s, int64_t block) {
 #pragma omp parallel for schedule(static)
-    for (int64_t t = 0; t < a->T; t++)
-        for (int64_t i = b->begins[t]; i < (t + 1 < a->T ? b->begins[t + 1] : end); i++) {
+    for (int64_t t = 0; t < a->T; t++) {
+        run r = run_of(a, s, t, block);
+        for (int64_t i = r.begin; i < r.end; i++) {
             float *buffer = s->row_buffers + omp_get_thread_num() * a->d;
-            const float *row = load_row(a->dtype, a->up, a->indices[b->pairs[i]], a->d, buffer);
-            add_row(a->d, s->activations[i], row, s->y + t * a->d);
+            add_row(a->d, s->weights[i], load_row(a->dtype, a->up, s->experts[i], a->d, buffer), s->y + t * a->d);
         }
+    }
 }
 
 typedef struct {
@@ -195,16 +227,15 @@ static void add_tile(void *context, int64_t row, int64_t column, int64_t rows, i
 
 // [dense]
 static fmoe_status dense_block(const fmoe_expert_args *a, const dense *s, int64_t block) {
-    int64_t first = block * s->b.width, width = smaller(s->b.width, a->N - first), end = s->b.offsets[block + 1];
+    int64_t first = block << s->shift, width = smaller((int64_t)1 << s->shift, a->N - first);
     gemm_operand x = table_rows(a, a->x, 0), down = table_rows(a, a->down, first), up = table_rows(a, a->up, first);
     gemm_target target = {FMOE_F32, s->tile, width};
     TRY(gemm(a->T, width, a->d, &x, &down, gemm_store, &target, s->gemm_scratch, s->gemm_bytes));
-    find_begins(a, &s->b, block);
-    mask_tile(a, s, first, width, end);
+    mask_tile(a, s, block, width);
 
     /* Zero times infinity is NaN: a block that holds such a row must not be multiplied by the mask's zeros. */
     if (!all_finite(a, first, width, s->row_buffers)) {
-        add_pairs(a, s, end);
+        add_pairs(a, s, block);
         return FMOE_OK;
     }
     gemm_operand tile = {.dtype = FMOE_F32, .data = s->tile, .row_stride = width, .depth_stride = 1};
@@ -220,9 +251,14 @@ fmoe_status dense_under_a_mask(const void *args, void *workspace, size_t workspa
     (void)workspace_bytes, (void)stream;
     dense s;
     lay_out_dense(a, workspace, &s);
-    TRY(make_blocks(a, &s.b));
+    bool in_range = true;
+#pragma omp parallel for schedule(static) reduction(&& : in_range)
+    for (int64_t t = 0; t < a->T; t++)
+        in_range = sort_token(a, &s, t) && in_range;
+    if (!in_range)
+        return FMOE_BAD_INDEX;
     memset(s.y, 0, (size_t)(a->T * a->d) * sizeof(float));
-    for (int64_t block = 0; block < s.b.count; block++)
+    for (int64_t block = 0; block < s.count; block++)
         TRY(dense_block(a, &s, block));
 #pragma omp parallel for schedule(static)
     for (int64_t t = 0; t < a->T; t++)
@@ -384,16 +420,17 @@ const char *const strategy_names[NUM_STRATEGIES] = {"token", "expert", "dense", 
 // [constants]
 #define NS_F32         0.035 /* an element of a row that lies in the second-level cache, multiplied and added */
 #define NS_F16         0.045 /* the same for 16-bit storage: it is converted as well */
-#define NS_L3_BYTE     0.013 /* more, a byte, where it comes from the third-level cache */
-#define NS_RAM_BYTE    0.04  /* more, a byte, where it comes from memory */
+#define NS_L3_BYTE     0.009 /* more, a byte, where it comes from the third-level cache */
+#define NS_RAM_BYTE    0.03  /* more, a byte, where it comes from memory */
 #define NS_FLOP        0.005 /* of a dense tile */
-#define NS_PACK        0.35  /* an element of a table brought into a tile's order */
+#define NS_PACK        0.5   /* an element of a table brought into a tile's order */
+#define NS_SLOT        0.4   /* an expert's counter in the schedule */
 #define NS_TOKEN_PAIR  6     /* whatever d is: silu, the loop around a row */
-#define NS_EXPERT_PAIR 15    /* the same, and a place in the schedule */
-#define NS_DENSE_PAIR  10    /* into a block's list, out of its tile and back */
-#define NS_ROWS_PAIR   15
+#define NS_EXPERT_PAIR 9     /* the same, and a place in the schedule */
+#define NS_DENSE_PAIR  8     /* into a block's list, out of its tile and back */
+#define NS_ROWS_PAIR   15    /* into a row's list, out of its tile, silu */
 #define L2_BYTES       1e6
-#define L3_BYTES       32e6
+#define L3_BYTES       12e6 /* what is left of it for one of two tables */
 // [/constants]
 
 static double least(double a, double b) {
@@ -432,7 +469,8 @@ double strategy_cost_us(strategy s, const fmoe_expert_args *a) {
         ns = pairs * (NS_TOKEN_PAIR + 2 * row_ns(a, N));
         break;
     case STRATEGY_EXPERT: /* down streams past once; what is gathered are rows of x, then rows of up */
-        ns = least(N, pairs) * d * size * NS_RAM_BYTE + pairs * (NS_EXPERT_PAIR + row_ns(a, T) + row_ns(a, N));
+        ns = N * NS_SLOT + least(N, pairs) * d * size * NS_RAM_BYTE +
+             pairs * (NS_EXPERT_PAIR + row_ns(a, T) + row_ns(a, N));
         break;
     case STRATEGY_DENSE:
         ns = 4 * T * N * d * NS_FLOP + 2 * N * d * NS_PACK + pairs * NS_DENSE_PAIR;
