@@ -23,6 +23,8 @@ fmoe_status fmoe_check_tokens(int64_t T);                     /* at least 0 */
 fmoe_status fmoe_check_topk(int64_t K, const char *limit_name, int64_t limit);
 /* The [rows, columns] array's element count; both sizes were checked before. */
 fmoe_status fmoe_check_shape(const char *row_name, int64_t rows, const char *column_name, int64_t columns);
+/* A schedule numbers the T·K pairs with int32_t. Sizes below 1 are left to the other checks. */
+fmoe_status fmoe_check_pairs(int64_t T, int64_t K);
 /* An array without elements may be NULL. */
 fmoe_status fmoe_check_pointer(const char *name, const void *pointer, int64_t count);
 /* N is at least 1 and every index fits int32_t. */

@@ -76,9 +76,6 @@ fmoe_status fmoe_expert(int64_t T, int64_t d, int64_t N, int64_t K, const float 
  * right expert, T·K in all: each pair is there exactly once. */
 static fmoe_status check_schedule(int64_t T, int64_t K, int64_t N, const int32_t *indices, const int32_t *offsets,
                                   const int32_t *pairs) {
-    if (T > INT32_MAX / K)
-        return fmoe_fail(FMOE_OVERFLOW, "tokens × num_experts_per_tok = %lld × %lld exceeds %lld, the largest position",
-                         (long long)T, (long long)K, (long long)INT32_MAX);
     TRY(fmoe_check_pointer("offsets", offsets, N + 1));
     TRY(fmoe_check_pointer("pairs", pairs, T * K));
     if (offsets[0] != 0 || offsets[N] != T * K)
@@ -102,6 +99,7 @@ static fmoe_status check_schedule(int64_t T, int64_t K, int64_t N, const int32_t
 fmoe_status fmoe_expert_scheduled(int64_t T, int64_t d, int64_t N, int64_t K, const float *x, const float *down,
                                   const float *up, const int32_t *indices, const float *weights, const int32_t *offsets,
                                   const int32_t *pairs, float *y, float *pre_activations) {
+    TRY(fmoe_check_pairs(T, K));
     TRY(check_expert(T, d, N, K, x, down, up, indices, weights));
     TRY(check_schedule(T, K, N, indices, offsets, pairs));
     TRY(fmoe_check_pointer("y", y, T * d));
@@ -164,6 +162,7 @@ static void gather_pairs(int64_t d, int64_t N, int64_t K, const int32_t *offsets
 fmoe_status fmoe_expert_backward(int64_t T, int64_t d, int64_t N, int64_t K, const float *x, const float *down,
                                  const float *up, const int32_t *indices, const float *weights, const float *dy,
                                  fmoe_write write, float *dx, float *ddown, float *dup, float *dweights) {
+    TRY(fmoe_check_pairs(T, K));
     TRY(check_expert(T, d, N, K, x, down, up, indices, weights));
     TRY(fmoe_check_pointer("dy", dy, T * d));
     int32_t *offsets = fmoe_allocate(N + 1, sizeof *offsets), *pairs = fmoe_allocate(T * K, sizeof *pairs);

@@ -12,9 +12,7 @@ fmoe_status fmoe_schedule(int64_t T, int64_t K, int64_t N, const int32_t *indice
     TRY(fmoe_check_tokens(T));
     TRY(fmoe_check_topk(K, "the largest 32-bit position", INT32_MAX));
     TRY(fmoe_check_experts(N));
-    if (T > INT32_MAX / K)
-        return fmoe_fail(FMOE_OVERFLOW, "tokens × num_experts_per_tok = %lld × %lld exceeds %lld, the largest position",
-                         (long long)T, (long long)K, (long long)INT32_MAX);
+    TRY(fmoe_check_pairs(T, K));
     TRY(fmoe_check_pointer("indices", indices, T * K));
     TRY(fmoe_check_pointer("offsets", offsets, N + 1));
     TRY(fmoe_check_pointer("pairs", pairs, T * K));

@@ -79,6 +79,13 @@ fmoe_status fmoe_check_shape(const char *row_name, int64_t rows, const char *col
     return FMOE_OK;
 }
 
+fmoe_status fmoe_check_pairs(int64_t T, int64_t K) {
+    if (T > 0 && K > 0 && T > INT32_MAX / K)
+        return fmoe_fail(FMOE_OVERFLOW, "tokens × num_experts_per_tok = %lld × %lld exceeds %lld, the largest position",
+                         (long long)T, (long long)K, (long long)INT32_MAX);
+    return FMOE_OK;
+}
+
 fmoe_status fmoe_check_pointer(const char *name, const void *pointer, int64_t count) {
     if (!pointer && count > 0)
         return fmoe_fail(FMOE_NULL_POINTER, "%s is NULL and should hold %lld elements", name, (long long)count);

@@ -903,7 +903,7 @@ static void norm(const fmoe_layer_args *f, bool move, float *x_hat, float *scale
             if (!f->training) {
                 mean[c] = *running_mean;
                 var[c] = *running_var;
-            } else if (move) {
+            } else if (move && f->T > 0) {
                 *running_mean += (float)(FMOE_NORM_MOMENTUM * (mean[c] - *running_mean));
                 *running_var += (float)(FMOE_NORM_MOMENTUM * (unbiased * var[c] - *running_var));
             }
@@ -1379,6 +1379,8 @@ static fmoe_status layer_kept(const void *args, void *workspace, size_t workspac
     (void)stream;
     const layer_args *a = args;
     const fmoe_layer_args *f = &a->forward;
+    if (f->training && f->T == 1)
+        return fmoe_fail(FMOE_BATCH_OF_ONE, "tokens = 1 is below 2, which the unbiased variance needs in training");
     kept k = kept_layout(a, workspace);
     char *rest = (char *)workspace + k.bytes;
     size_t bytes = workspace_bytes - k.bytes;

@@ -1,0 +1,793 @@
+/* Chapter 9: the backward pass. */
+#include "literate.h"
+
+#include <math.h>
+#include <omp.h>
+#include <stdlib.h>
+#include <string.h>
+
+static void release(void *pointer) {
+    free(*(void **)pointer);
+}
+#define OWNED __attribute__((cleanup(release)))
+
+static float *floats(int64_t count) {
+    float *values = malloc((size_t)count * sizeof *values + 1);
+    cr_assert_not_null(values);
+    for (int64_t i = 0; i < count; i++)
+        values[i] = NAN;
+    return values;
+}
+
+static float *normals(uint64_t seed, uint64_t stream, float scale, int64_t count) {
+    float *values = floats(count);
+    fmoe_fill_normal(seed, stream, scale, count, values);
+    return values;
+}
+
+static float *copy_of(const float *values, int64_t count) {
+    float *copy = floats(count);
+    memcpy(copy, values, (size_t)count * sizeof *copy);
+    return copy;
+}
+
+/* Any indices below limit, repeated ones included. */
+static int32_t *any_indices(uint64_t seed, uint64_t stream, int64_t limit, int64_t count) {
+    int32_t *indices = malloc((size_t)count * sizeof *indices + 1);
+    cr_assert_not_null(indices);
+    for (int64_t i = 0; i < count; i++)
+        indices[i] = (int32_t)(fmoe_random_bits(seed, stream, (uint64_t)i) % (uint64_t)limit);
+    return indices;
+}
+
+static bool same_bits(const float *a, const float *b, int64_t count) {
+    return memcmp(a, b, (size_t)count * sizeof *a) == 0;
+}
+
+#define CALL(call)                                                                                                     \
+    do {                                                                                                               \
+        if ((call) != FMOE_OK)                                                                                         \
+            return because("%s", fmoe_error_message());                                                                \
+    } while (0)
+
+#define CHECK(check)                                                                                                   \
+    do {                                                                                                               \
+        const char *wrong_ = (check);                                                                                  \
+        if (wrong_)                                                                                                    \
+            return wrong_;                                                                                             \
+    } while (0)
+
+/* ---- Finite differences ------------------------------------------------------------------------------------------ */
+
+/* Σ out · its gradient, in double, of whatever a forward function makes of a context. */
+typedef double loss_fn(void *context);
+
+static double weighted_sum(int64_t count, const float *out, const float *gradient) {
+    double sum = 0;
+    for (int64_t i = 0; i < count; i++)
+        sum += (double)out[i] * gradient[i];
+    return sum;
+}
+
+static double quotient(float *w, float h, loss_fn *loss, void *context) {
+    float before = *w, above = before + h, below = before - h;
+    *w = above;
+    double high = loss(context);
+    *w = below;
+    double low = loss(context);
+    *w = before;
+    return (high - low) / ((double)above - below);
+}
+
+/* Two steps, h and h/2, whose h² errors cancel (Richardson). What is left is h⁴ and the rounding of float32 outputs. */
+static const char *check_gradient(const char *name, float *w, int64_t count, const float *gradient, loss_fn *loss,
+                                  void *context) {
+    const float h = 1.0f / 16;
+    double off = 0, norm = 0;
+    for (int64_t i = 0; i < count; i++) {
+        double difference = (4 * quotient(&w[i], h / 2, loss, context) - quotient(&w[i], h, loss, context)) / 3;
+        off += (difference - gradient[i]) * (difference - gradient[i]);
+        norm += difference * difference;
+    }
+    if (!(sqrt(off) <= 2e-3 * sqrt(norm) + 1e-4 * sqrt((double)count)))
+        return because("gradient of %s: off by %.2e of its norm %.2e", name, sqrt(off / norm), sqrt(norm));
+    return HOLDS;
+}
+
+/* ---- Router ------------------------------------------------------------------------------------------------------ */
+
+typedef struct {
+    bool training;
+    int64_t T, d, n;
+    float *x, *mean, *var, *gate, *out;
+    const float *dout;
+} router_context;
+
+static double norm_loss(void *context) {
+    router_context *c = context;
+    float *mean OWNED = copy_of(c->mean, c->d), *var OWNED = copy_of(c->var, c->d);
+    fmoe_router_norm(c->training, c->T, c->d, c->x, mean, var, c->out);
+    return weighted_sum(c->T * c->d, c->out, c->dout);
+}
+
+/* Tokens whose batch variance is far from zero, where the quotient would need smaller steps than float32 has. */
+static float *spread_tokens(uint64_t seed, int64_t T, int64_t d) {
+    float *x = normals(seed, 0, 1, T * d);
+    for (int64_t i = 0; i < T * d; i++)
+        x[i] += (float)(i / d % 2 * 4) + 0.5f * (float)(i % d % 3);
+    return x;
+}
+
+static const char *norm_gradient(const int64_t *size, uint64_t seed) {
+    int64_t T = size[0], d = size[1];
+    bool training = size[2] != 0;
+    if (training && T < 2)
+        return DOES_NOT_APPLY;
+    float *x OWNED = spread_tokens(seed, T, d), *out OWNED = floats(T * d), *dout OWNED = normals(seed, 1, 1, T * d);
+    float *mean OWNED = normals(seed, 2, 1, d), *var OWNED = normals(seed, 3, 1, d), *dx OWNED = floats(T * d);
+    for (int64_t i = 0; i < d; i++)
+        var[i] = 0.5f + var[i] * var[i];
+    router_context c = {
+        .training = training, .T = T, .d = d, .x = x, .mean = mean, .var = var, .out = out, .dout = dout};
+    CALL(fmoe_router_norm_backward(training, T, d, x, training ? NULL : mean, training ? NULL : var, dout, dx));
+    return check_gradient("x", x, T * d, dx, norm_loss, &c);
+}
+
+SENTENCE(9, 1,
+         "The norm's gradient passes through the batch statistics in training and past the buffers in evaluation.",
+         "every token moves the mean and the variance that every other token is divided by", "finite differences") {
+    for_sizes("T d training", norm_gradient,
+              SIZES({2, 1, 1}, {3, 5, 1}, {9, 3, 1}, {4, 66, 1}, {1, 1, 0}, {1, 5, 0}, {7, 3, 0}, {2, 66, 0}));
+}
+
+static const char *norm_gradient_projects(const int64_t *size, uint64_t seed) {
+    int64_t T = size[0], d = size[1];
+    if (T < 2)
+        return DOES_NOT_APPLY;
+    float *x OWNED = normals(seed, 0, 1, T * d), *dout OWNED = normals(seed, 1, 1, T * d), *dx OWNED = floats(T * d);
+    for (int64_t i = 0; i < T * d; i++)
+        x[i] += 300;
+    CALL(fmoe_router_norm_backward(true, T, d, x, NULL, NULL, dout, dx));
+    for (int64_t c = 0; c < d; c++) {
+        double mean = 0, sum = 0, along = 0, size_of = 0, spread = 0;
+        for (int64_t t = 0; t < T; t++)
+            mean += x[t * d + c] / (double)T;
+        for (int64_t t = 0; t < T; t++) {
+            sum += dx[t * d + c];
+            along += dx[t * d + c] * (x[t * d + c] - mean);
+            size_of += fabs((double)dx[t * d + c]);
+            spread += (x[t * d + c] - mean) * (x[t * d + c] - mean) / (double)T;
+        }
+        /* eps lets a share of eps / var through along x̂. */
+        if (!(fabs(sum) <= 1e-5 * size_of) || !(fabs(along) <= (1e-5 + 1e-4 / spread) * size_of * sqrt(spread)))
+            return because("unit %d: the sum over tokens is %g, along x it is %g, of %g", (int)c, sum, along, size_of);
+    }
+    return HOLDS;
+}
+
+SENTENCE(9, 2, "In training a unit's gradients sum to zero over the tokens, and have nothing along x̂.",
+         "shifting or stretching all tokens changes nothing, however far from zero they lie", "closed form") {
+    for_sizes("T d", norm_gradient_projects, SIZES({5, 1}, {29, 7}, {300, 70}));
+}
+
+static double logits_loss(void *context) {
+    router_context *c = context;
+    fmoe_router_logits(c->T, c->d, c->n, c->x, c->gate, c->out);
+    return weighted_sum(2 * c->T * c->n, c->out, c->dout);
+}
+
+static const char *logits_gradient(const int64_t *size, uint64_t seed) {
+    int64_t T = size[0], d = size[1], n = size[2];
+    float *x OWNED = normals(seed, 0, 1, T * d), *gate OWNED = normals(seed, 1, 1, 2 * n * d);
+    float *out OWNED = floats(2 * T * n), *dout OWNED = normals(seed, 2, 1, 2 * T * n);
+    float *dx OWNED = floats(T * d), *dgate OWNED = floats(2 * n * d);
+    router_context c = {.T = T, .d = d, .n = n, .x = x, .gate = gate, .out = out, .dout = dout};
+    CALL(fmoe_router_logits_backward(T, d, n, x, gate, dout, FMOE_OVERWRITE, dx, dgate));
+    CHECK(check_gradient("x_hat", x, T * d, dx, logits_loss, &c));
+    return check_gradient("gate", gate, 2 * n * d, dgate, logits_loss, &c);
+}
+
+SENTENCE(9, 3, "The projection's gradients: dx̂ = dz · gate, dgate = dzᵀ · x̂, for the layout [2, T, n].",
+         "the transpose of a product", "finite differences") {
+    for_sizes("T d n", logits_gradient, SIZES({1, 1, 1}, {2, 3, 1}, {1, 2, 3}, {3, 5, 4}, {2, 67, 2}));
+}
+
+static double log_softmax_loss(void *context) {
+    router_context *c = context;
+    fmoe_log_softmax(c->T, c->n, c->x, c->out);
+    return weighted_sum(c->T * c->n, c->out, c->dout);
+}
+
+static const char *log_softmax_gradient(const int64_t *size, uint64_t seed) {
+    int64_t rows = size[0], n = size[1];
+    float *z OWNED = normals(seed, 0, 2, rows * n), *out OWNED = floats(rows * n), *dz OWNED = floats(rows * n);
+    float *dout OWNED = normals(seed, 1, 1, rows * n);
+    router_context c = {.T = rows, .n = n, .x = z, .out = out, .dout = dout};
+    CALL(fmoe_log_softmax_backward(rows, n, z, dout, dz));
+    for (int64_t r = 0; r < rows; r++) {
+        double sum = 0;
+        for (int64_t i = 0; i < n; i++)
+            sum += dz[r * n + i];
+        if (!(fabs(sum) <= 1e-5 * (double)n))
+            return because("row %d: the gradients sum to %g", (int)r, sum);
+    }
+    return check_gradient("logits", z, rows * n, dz, log_softmax_loss, &c);
+}
+
+SENTENCE(9, 4, "log-softmax sends back dz = dlog p − p · Σ dlog p, which sums to zero over a row.",
+         "a constant added to a row changes no probability", "finite differences, and the sum") {
+    for_sizes("rows n", log_softmax_gradient, SIZES({1, 1}, {1, 2}, {3, 5}, {2, 40}));
+}
+
+/* ---- Top-k ------------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    int64_t T, n, K;
+    bool norm;
+    float *logits, *scores, *weights;
+    const int32_t *indices;
+    const float *dweights, *dscores;
+} topk_context;
+
+static double topk_loss(void *context) {
+    topk_context *c = context;
+    double sum = 0;
+    fmoe_topk_at(c->T, c->n, c->K, c->norm, c->logits, c->indices, c->scores, c->weights);
+    if (c->dweights)
+        sum += weighted_sum(c->T * c->K, c->weights, c->dweights);
+    if (c->dscores)
+        sum += weighted_sum(c->T * c->K, c->scores, c->dscores);
+    return sum;
+}
+
+static const char *topk_gradient(const int64_t *size, uint64_t seed) {
+    int64_t T = size[0], n = size[1], K = size[2], given = size[4];
+    if (K > n * n)
+        return DOES_NOT_APPLY;
+    float *logits OWNED = normals(seed, 0, 1, 2 * T * n), *dlogits OWNED = floats(2 * T * n);
+    float *scores OWNED = floats(T * K), *weights OWNED = floats(T * K);
+    float *dweights OWNED = normals(seed, 1, 3, T * K), *dscores OWNED = normals(seed, 2, 1, T * K);
+    int32_t *indices OWNED = any_indices(seed, 3, n * n, T * K);
+    topk_context c = {T, n, K, size[3] != 0, logits, scores, weights, indices, NULL, NULL};
+    c.dweights = given & 1 ? dweights : NULL;
+    c.dscores = given & 2 ? dscores : NULL;
+    if (T > 1) /* and one token by the rule itself */
+        CALL(fmoe_topk(1, n, K, false, logits, indices, NULL, NULL));
+    CALL(fmoe_topk_backward(T, n, K, c.norm, logits, indices, c.dweights, c.dscores, dlogits));
+    return check_gradient("logits", logits, 2 * T * n, dlogits, topk_loss, &c);
+}
+
+SENTENCE(9, 5, "The top-k passes the gradients of weights and scores straight to the chosen pairs' keys.",
+         "the choice is a constant; normalised weights are a softmax over it", "finite differences") {
+    for_sizes("T n K norm given", topk_gradient,
+              SIZES({1, 1, 1, 0, 1}, {1, 1, 1, 1, 1}, {2, 3, 4, 0, 1}, {2, 3, 4, 1, 1}, {2, 3, 9, 0, 2},
+                    {2, 3, 9, 1, 3}, {3, 5, 2, 0, 3}, {3, 5, 7, 1, 3}, {1, 7, 20, 1, 1}, {2, 4, 3, 1, 0}));
+}
+
+/* ---- Experts ----------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    int64_t T, d, N, K;
+    float *x, *down, *up, *weights, *y, *dy;
+    int32_t *indices;
+} expert_context;
+
+static expert_context new_experts(uint64_t seed, int64_t T, int64_t d, int64_t N, int64_t K) {
+    return (expert_context){T,
+                            d,
+                            N,
+                            K,
+                            normals(seed, 0, 1, T * d),
+                            normals(seed, 1, 1 / sqrtf((float)d), N * d),
+                            normals(seed, 2, 1, N * d),
+                            normals(seed, 3, 1, T * K),
+                            floats(T * d),
+                            normals(seed, 4, 1, T * d),
+                            any_indices(seed, 5, N, T * K)};
+}
+
+static void free_experts(expert_context *c) {
+    free(c->x);
+    free(c->down);
+    free(c->up);
+    free(c->weights);
+    free(c->y);
+    free(c->dy);
+    free(c->indices);
+}
+#define EXPERTS __attribute__((cleanup(free_experts)))
+
+static double expert_loss(void *context) {
+    expert_context *c = context;
+    fmoe_expert(c->T, c->d, c->N, c->K, c->x, c->down, c->up, c->indices, c->weights, c->y, NULL);
+    return weighted_sum(c->T * c->d, c->y, c->dy);
+}
+
+static fmoe_status expert_backward(const expert_context *c, fmoe_write write, float *dx, float *ddown, float *dup,
+                                   float *dweights) {
+    return fmoe_expert_backward(c->T, c->d, c->N, c->K, c->x, c->down, c->up, c->indices, c->weights, c->dy, write, dx,
+                                ddown, dup, dweights);
+}
+
+static const char *expert_gradient(const int64_t *size, uint64_t seed) {
+    int64_t T = size[0], d = size[1], N = size[2], K = size[3];
+    if (K > N)
+        return DOES_NOT_APPLY;
+    expert_context c EXPERTS = new_experts(seed, T, d, N, K);
+    float *dx OWNED = floats(T * d), *ddown OWNED = floats(N * d), *dup OWNED = floats(N * d);
+    float *dweights OWNED = floats(T * K);
+    CALL(expert_backward(&c, FMOE_OVERWRITE, dx, ddown, dup, dweights));
+    CHECK(check_gradient("x", c.x, T * d, dx, expert_loss, &c));
+    CHECK(check_gradient("down", c.down, N * d, ddown, expert_loss, &c));
+    CHECK(check_gradient("up", c.up, N * d, dup, expert_loss, &c));
+    return check_gradient("weights", c.weights, T * K, dweights, expert_loss, &c);
+}
+
+SENTENCE(9, 6, "The expert step's four gradients, for any indices and weights of either sign.",
+         "two products sampled at the routed pairs, three sums of rows", "finite differences") {
+    for_sizes("T d N K", expert_gradient,
+              SIZES({1, 1, 1, 1}, {2, 3, 1, 1}, {3, 5, 4, 2}, {2, 4, 3, 3}, {5, 2, 9, 4}, {2, 67, 3, 2}));
+}
+
+static const char *untouched_rows(const int64_t *size, uint64_t seed) {
+    int64_t T = size[0], d = size[1], N = size[2], K = size[3];
+    if (K > N || N < 2)
+        return DOES_NOT_APPLY;
+    expert_context c EXPERTS = new_experts(seed, T, d, N, K);
+    int64_t alone = seed % (uint64_t)N; /* nobody's choice */
+    for (int64_t i = 0; i < T * K; i++)
+        if (c.indices[i] == alone)
+            c.indices[i] = (int32_t)((alone + 1) % N);
+    float *ddown OWNED = normals(seed, 10, 1, N * d), *dup OWNED = normals(seed, 11, 1, N * d);
+    float *down_before OWNED = copy_of(ddown, N * d), *up_before OWNED = copy_of(dup, N * d);
+    CALL(expert_backward(&c, FMOE_ACCUMULATE, NULL, ddown, dup, NULL));
+    if (!same_bits(ddown + alone * d, down_before + alone * d, d) ||
+        !same_bits(dup + alone * d, up_before + alone * d, d))
+        return because("accumulating, row %d of an expert that nobody chose changed", (int)alone);
+    CALL(expert_backward(&c, FMOE_OVERWRITE, NULL, ddown, dup, NULL));
+    for (int64_t i = alone * d; i < (alone + 1) * d; i++)
+        if (ddown[i] != 0 || dup[i] != 0)
+            return because("overwriting, row %d of an expert that nobody chose is not zero", (int)alone);
+    return HOLDS;
+}
+
+SENTENCE(9, 7, "An expert that no token chose gets a row of zeros, or keeps its row when accumulating.",
+         "most experts are idle in a small batch", "closed form, bit by bit") {
+    for_sizes("T d N K", untouched_rows, SIZES({1, 1, 2, 1}, {3, 5, 4, 2}, {2, 70, 30, 3}, {40, 3, 9, 5}));
+}
+
+static const char *chosen_twice(const int64_t *size, uint64_t seed) {
+    int64_t T = size[0], d = size[1], N = size[2];
+    if (N < 2)
+        return DOES_NOT_APPLY;
+    expert_context two EXPERTS = new_experts(seed, T, d, N, 2), one EXPERTS = new_experts(seed, T, d, N, 1);
+    for (int64_t t = 0; t < T; t++) {
+        two.indices[2 * t] = two.indices[2 * t + 1] = one.indices[t];
+        one.weights[t] = two.weights[2 * t] + two.weights[2 * t + 1];
+    }
+    float *dx OWNED = floats(T * d), *ddown OWNED = floats(N * d), *dup OWNED = floats(N * d),
+              *dg OWNED = floats(2 * T);
+    float *dx1 OWNED = floats(T * d), *ddown1 OWNED = floats(N * d), *dup1 OWNED = floats(N * d),
+               *dg1 OWNED = floats(T);
+    CALL(expert_backward(&two, FMOE_OVERWRITE, dx, ddown, dup, dg));
+    CALL(expert_backward(&one, FMOE_OVERWRITE, dx1, ddown1, dup1, dg1));
+    double worst =
+        fmax(fmoe_relative_error(T * d, dx, dx1, (double)T), fmoe_relative_error(N * d, ddown, ddown1, (double)T));
+    worst = fmax(worst, fmoe_relative_error(N * d, dup, dup1, (double)T));
+    if (!(worst <= 1e-5))
+        return because("twice with g and h is not once with g + h: off by %.2e", worst);
+    for (int64_t t = 0; t < T; t++)
+        if (dg[2 * t] != dg1[t] || dg[2 * t + 1] != dg1[t])
+            return because("token %d: both weights should have the gradient %g", (int)t, dg1[t]);
+    return HOLDS;
+}
+
+SENTENCE(9, 8,
+         "A token that chooses an expert twice trains it as if it had chosen it once with the sum of the weights.",
+         "every pair counts, not every expert", "the same step with one choice") {
+    for_sizes("T d N", chosen_twice, SIZES({1, 1, 2}, {3, 5, 4}, {20, 70, 3}));
+}
+
+/* ---- MLP --------------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    int64_t T, d, I;
+    float *x, *gate, *up, *down, *y, *dy;
+} mlp_context;
+
+static double mlp_loss(void *context) {
+    mlp_context *c = context;
+    fmoe_mlp(c->T, c->d, c->I, c->x, c->gate, c->up, c->down, c->y);
+    return weighted_sum(c->T * c->d, c->y, c->dy);
+}
+
+static const char *mlp_gradient(const int64_t *size, uint64_t seed) {
+    int64_t T = size[0], d = size[1], I = size[2];
+    float scale = 1 / sqrtf((float)d);
+    float *x OWNED = normals(seed, 0, 1, T * d), *gate OWNED = normals(seed, 1, scale, I * d);
+    float *up OWNED = normals(seed, 2, scale, I * d), *down OWNED = normals(seed, 3, 1 / sqrtf((float)I), d * I);
+    float *y OWNED = floats(T * d), *dy OWNED = normals(seed, 4, 1, T * d), *dx OWNED = floats(T * d);
+    float *dgate OWNED = floats(I * d), *dup OWNED = floats(I * d), *ddown OWNED = floats(d * I);
+    mlp_context c = {T, d, I, x, gate, up, down, y, dy};
+    CALL(fmoe_mlp_backward(T, d, I, x, gate, up, down, dy, FMOE_OVERWRITE, dx, dgate, dup, ddown));
+    CHECK(check_gradient("x", x, T * d, dx, mlp_loss, &c));
+    CHECK(check_gradient("gate", gate, I * d, dgate, mlp_loss, &c));
+    CHECK(check_gradient("up", up, I * d, dup, mlp_loss, &c));
+    return check_gradient("down", down, d * I, ddown, mlp_loss, &c);
+}
+
+SENTENCE(9, 9, "The MLP's four gradients.", "six products, each the transpose of a forward one", "finite differences") {
+    for_sizes("T d I", mlp_gradient, SIZES({1, 1, 1}, {3, 2, 5}, {2, 5, 3}, {4, 3, 67}, {2, 67, 2}));
+}
+
+/* ---- The layer --------------------------------------------------------------------------------------------------- */
+
+enum { NUM_TENSORS = 7 };
+static const char *const tensor_names[NUM_TENSORS] = {"x",         "router_gate", "down_embed", "up_embed",
+                                                      "gate_proj", "up_proj",     "down_proj"};
+
+typedef struct {
+    fmoe_config config;
+    bool training;
+    int64_t T, n;
+    int64_t count[NUM_TENSORS];
+    float *tensor[NUM_TENSORS], *mean, *var, *y, *dy;
+    int32_t *indices;
+} layer_context;
+
+static layer_context new_layer(uint64_t seed, int64_t T, int64_t d, int64_t I, int64_t N, int64_t K, bool training,
+                               bool norm) {
+    int64_t n = fmoe_num_keys(N);
+    float per_d = 1 / sqrtf((float)d), per_I = 1 / sqrtf((float)I);
+    layer_context c = {.config = {d, I, N, K, norm}, .training = training, .T = T, .n = n};
+    const int64_t count[NUM_TENSORS] = {T * d, 2 * n * d, N * d, N * d, I * d, I * d, d * I};
+    const float scale[NUM_TENSORS] = {1, per_d, per_d, norm ? 1 : (float)n, per_d, per_d, per_I};
+    memcpy(c.count, count, sizeof count);
+    c.tensor[0] = spread_tokens(seed, T, d);
+    for (int i = 1; i < NUM_TENSORS; i++)
+        c.tensor[i] = normals(seed, 20 + (uint64_t)i, scale[i], count[i]);
+    c.mean = normals(seed, 30, 1, d);
+    c.var = normals(seed, 31, 1, d);
+    for (int64_t i = 0; i < d; i++)
+        c.var[i] = 1 + c.var[i] * c.var[i];
+    c.y = floats(T * d);
+    c.dy = normals(seed, 32, 1, T * d);
+    c.indices = any_indices(seed, 33, n * n, T * K);
+    return c;
+}
+
+static void free_layer(layer_context *c) {
+    for (int i = 0; i < NUM_TENSORS; i++)
+        free(c->tensor[i]);
+    free(c->mean);
+    free(c->var);
+    free(c->y);
+    free(c->dy);
+    free(c->indices);
+}
+#define LAYER __attribute__((cleanup(free_layer)))
+
+static fmoe_weights layer_weights(const layer_context *c, float *mean, float *var) {
+    return (fmoe_weights){c->tensor[1], c->tensor[2], c->tensor[3], c->tensor[4],
+                          c->tensor[5], c->tensor[6], mean,         var};
+}
+
+static double layer_loss(void *context) {
+    layer_context *c = context;
+    float *mean OWNED = copy_of(c->mean, c->config.hidden_size), *var OWNED = copy_of(c->var, c->config.hidden_size);
+    fmoe_weights weights = layer_weights(c, mean, var);
+    fmoe_outputs outputs = {.y = c->y};
+    fmoe_layer_forward(&c->config, &weights, c->training, c->T, c->tensor[0], c->indices, &outputs);
+    return weighted_sum(c->T * c->config.hidden_size, c->y, c->dy);
+}
+
+static fmoe_status layer_backward(const layer_context *c, fmoe_write write, float **to) {
+    fmoe_weights weights = layer_weights(c, c->mean, c->var);
+    fmoe_gradients gradients = {to[0], to[1], to[2], to[3], to[4], to[5], to[6]};
+    return fmoe_layer_backward(&c->config, &weights, c->training, c->T, c->tensor[0], c->indices, c->dy, write,
+                               &gradients);
+}
+
+static void free_all(float *(*pointers)[NUM_TENSORS]) {
+    for (int i = 0; i < NUM_TENSORS; i++)
+        free((*pointers)[i]);
+}
+#define ALL_OWNED __attribute__((cleanup(free_all)))
+
+static const char *layer_gradient(const int64_t *size, uint64_t seed) {
+    int64_t T = size[0], N = size[3], K = size[4], n = fmoe_num_keys(N);
+    if (K > n * n || (size[5] && T < 2))
+        return DOES_NOT_APPLY;
+    layer_context c LAYER = new_layer(seed, T, size[1], size[2], N, K, size[5] != 0, size[6] != 0);
+    float *to[NUM_TENSORS] ALL_OWNED = {NULL};
+    float *mean OWNED = copy_of(c.mean, size[1]), *var OWNED = copy_of(c.var, size[1]);
+    for (int i = 0; i < NUM_TENSORS; i++)
+        to[i] = floats(c.count[i]);
+    CALL(layer_backward(&c, FMOE_OVERWRITE, to));
+    if (!same_bits(mean, c.mean, size[1]) || !same_bits(var, c.var, size[1]))
+        return because("the backward pass moved a running buffer");
+    for (int i = 0; i < NUM_TENSORS; i++)
+        CHECK(check_gradient(tensor_names[i], c.tensor[i], c.count[i], to[i], layer_loss, &c));
+    return HOLDS;
+}
+
+SENTENCE(9, 10, "The layer's seven gradients, in training and evaluation, with norm_topk_prob and without.",
+         "x is reached through the MLP, the experts and the router; the running buffers stay", "finite differences") {
+    for_sizes("T d I N K training norm", layer_gradient,
+              SIZES({1, 1, 1, 1, 1, 0, 0}, {1, 3, 2, 4, 2, 0, 1}, {2, 4, 3, 4, 3, 1, 0}, {4, 3, 5, 9, 4, 1, 1},
+                    {3, 5, 4, 11, 2, 0, 0}, {5, 4, 3, 16, 7, 1, 1}));
+}
+
+/* ---- Storing ----------------------------------------------------------------------------------------------------- */
+
+/* before + fresh, rounded once, as accumulating does; fresh is itself rounded, so one unit of it may be missing. */
+static const char *check_accumulated(const char *name, int64_t count, const float *before, const float *fresh,
+                                     const float *after) {
+    for (int64_t i = 0; i < count; i++) {
+        double sum = (double)before[i] + fresh[i];
+        if (!(fabs(after[i] - sum) <= 1.3e-7 * (fabs(sum) + fabs((double)fresh[i]))))
+            return because("%s[%d]: %.9g and %.9g accumulate to %.9g", name, (int)i, before[i], fresh[i], after[i]);
+    }
+    return HOLDS;
+}
+
+static const char *accumulates(const int64_t *size, uint64_t seed) {
+    int64_t N = size[3], K = size[4], n = fmoe_num_keys(N);
+    if (K > n * n || size[0] < 2)
+        return DOES_NOT_APPLY;
+    layer_context c LAYER = new_layer(seed, size[0], size[1], size[2], N, K, true, false);
+    float *fresh[NUM_TENSORS] ALL_OWNED = {NULL}, *before[NUM_TENSORS] ALL_OWNED = {NULL};
+    float *after[NUM_TENSORS] ALL_OWNED = {NULL};
+    for (int i = 0; i < NUM_TENSORS; i++) {
+        fresh[i] = floats(c.count[i]); /* NaN, which only overwriting gets rid of */
+        before[i] = normals(seed, 50 + (uint64_t)i, 1, c.count[i]);
+        after[i] = copy_of(before[i], c.count[i]);
+    }
+    CALL(layer_backward(&c, FMOE_OVERWRITE, fresh));
+    CALL(layer_backward(&c, FMOE_ACCUMULATE, after));
+    if (!same_bits(fresh[0], after[0], c.count[0]))
+        return because("dx was accumulated; it is always overwritten");
+    for (int i = 1; i < NUM_TENSORS; i++)
+        CHECK(check_accumulated(tensor_names[i], c.count[i], before[i], fresh[i], after[i]));
+    return HOLDS;
+}
+
+SENTENCE(9, 11, "Accumulating adds to every weight's gradient what overwriting would store; dx is always overwritten.",
+         "a large batch is trained on in parts", "the sum, rounded once") {
+    for_sizes("T d I N K", accumulates, SIZES({2, 1, 1, 1, 1}, {3, 5, 4, 9, 2}, {7, 66, 70, 20, 5}));
+}
+
+static const char *each_optional(const int64_t *size, uint64_t seed) {
+    int64_t N = size[3], K = size[4], n = fmoe_num_keys(N);
+    if (K > n * n || size[0] < 2)
+        return DOES_NOT_APPLY;
+    layer_context c LAYER = new_layer(seed, size[0], size[1], size[2], N, K, true, true);
+    float *all[NUM_TENSORS] ALL_OWNED = {NULL};
+    for (int i = 0; i < NUM_TENSORS; i++)
+        all[i] = floats(c.count[i]);
+    CALL(layer_backward(&c, FMOE_OVERWRITE, all));
+    for (int i = 0; i < NUM_TENSORS; i++) {
+        float *alone OWNED = floats(c.count[i]), *to[NUM_TENSORS] = {NULL};
+        to[i] = alone;
+        CALL(layer_backward(&c, FMOE_OVERWRITE, to));
+        if (!same_bits(alone, all[i], c.count[i]))
+            return because("d%s alone differs from d%s among all", tensor_names[i], tensor_names[i]);
+    }
+    return HOLDS;
+}
+
+SENTENCE(9, 12, "A gradient asked for alone has the bits it has among all seven.",
+         "each is optional, and none is another's by-product", "all against one") {
+    for_sizes("T d I N K", each_optional, SIZES({2, 1, 1, 1, 1}, {5, 7, 6, 10, 3}));
+}
+
+static bool all_zero(int64_t count, const float *values) {
+    for (int64_t i = 0; i < count; i++)
+        if (values[i] != 0)
+            return false;
+    return true;
+}
+
+static const char *no_tokens(const int64_t *size, uint64_t seed) {
+    layer_context c LAYER = new_layer(seed, 0, size[0], size[1], size[2], 1, size[3] != 0, true);
+    float *zero[NUM_TENSORS] ALL_OWNED = {NULL}, *kept[NUM_TENSORS] ALL_OWNED = {NULL};
+    float *before[NUM_TENSORS] ALL_OWNED = {NULL};
+    for (int i = 0; i < NUM_TENSORS; i++) {
+        zero[i] = floats(c.count[i]);
+        before[i] = normals(seed, 60 + (uint64_t)i, 1, c.count[i]);
+        kept[i] = copy_of(before[i], c.count[i]);
+    }
+    CALL(layer_backward(&c, FMOE_OVERWRITE, zero));
+    CALL(layer_backward(&c, FMOE_ACCUMULATE, kept));
+    for (int i = 1; i < NUM_TENSORS; i++) {
+        if (!all_zero(c.count[i], zero[i]))
+            return because("d%s is not zero", tensor_names[i]);
+        if (!same_bits(kept[i], before[i], c.count[i]))
+            return because("d%s changed while accumulating", tensor_names[i]);
+    }
+    CALL(fmoe_topk_backward(0, 3, 2, false, NULL, NULL, NULL, NULL, NULL));
+    CALL(fmoe_log_softmax_backward(0, 3, NULL, NULL, NULL));
+    CALL(fmoe_router_norm_backward(true, 0, 3, NULL, NULL, NULL, NULL, NULL));
+    return HOLDS;
+}
+
+SENTENCE(9, 13, "Without tokens, weight gradients become zero when overwriting and stay when accumulating.",
+         "T = 0 is legal, with null pointers for what is empty", "closed form") {
+    for_sizes("d I N training", no_tokens, SIZES({1, 1, 1, 0}, {5, 7, 10, 1}, {70, 66, 9, 0}));
+}
+
+/* ---- Bits -------------------------------------------------------------------------------------------------------- */
+
+static const char *reference_repeats(const int64_t *size, uint64_t seed) {
+    int64_t N = size[3], K = size[4], n = fmoe_num_keys(N);
+    if (K > n * n || size[0] < 2)
+        return DOES_NOT_APPLY;
+    layer_context c LAYER = new_layer(seed, size[0], size[1], size[2], N, K, true, true);
+    static const int threads[] = {1, 2, 3, 7, 2};
+    float *first[NUM_TENSORS] ALL_OWNED = {NULL}, *again[NUM_TENSORS] ALL_OWNED = {NULL};
+    int before = omp_get_max_threads();
+    for (int i = 0; i < NUM_TENSORS; i++) {
+        first[i] = floats(c.count[i]);
+        again[i] = floats(c.count[i]);
+    }
+    for (int run = 0; run < 5; run++) {
+        omp_set_num_threads(threads[run]);
+        fmoe_status status = layer_backward(&c, FMOE_OVERWRITE, run ? again : first);
+        omp_set_num_threads(before);
+        CALL(status);
+        for (int i = 0; run && i < NUM_TENSORS; i++)
+            if (!same_bits(first[i], again[i], c.count[i]))
+                return because("d%s with %d threads differs from one thread's", tensor_names[i], threads[run]);
+    }
+    return HOLDS;
+}
+
+SENTENCE(9, 14, "The reference's gradients have the same bits with any number of threads.",
+         "a row of a gradient has one owner, and its sum one order", "1, 2, 3 and 7 threads") {
+    for_sizes("T d I N K", reference_repeats, SIZES({2, 1, 1, 1, 1}, {33, 70, 20, 30, 5}, {50, 65, 130, 100, 9}));
+}
+
+static const char *type_name(int64_t type) {
+    return fmoe_dtype_name((fmoe_dtype)type);
+}
+
+/* ---- The ladders ------------------------------------------------------------------------------------------------- */
+
+static const char *topk_rungs(const int64_t *size, uint64_t seed) {
+    if (size[2] > size[1] * size[1])
+        return DOES_NOT_APPLY;
+    return rungs_agree(&fmoe_step_topk_backward, chapter9_topk_rungs, seed, "T%d-n%d-K%d-normal-%s%s", (int)size[0],
+                       (int)size[1], (int)size[2], type_name(size[3]), size[4] ? "-norm" : "");
+}
+
+SENTENCE(9, 15, "Every rung of topk_backward computes the logits' gradients.",
+         "products of two exponentials must be as good as exponentials of sums", "the reference, to 1e-5") {
+    for_sizes("T n K type norm", topk_rungs,
+              SIZES({0, 3, 2, 0, 0}, {1, 1, 1, 0, 0}, {1, 1, 1, 0, 1}, {3, 5, 1, 0, 1}, {7, 13, 6, 0, 0},
+                    {7, 13, 6, 1, 1}, {7, 13, 6, 2, 0}, {29, 17, 289, 0, 1}, {5, 40, 100, 2, 1}, {64, 33, 16, 1, 0}));
+}
+
+static const char *const routings[] = {"uniform", "normal", "hot"};
+
+static const char *expert_rungs(const int64_t *size, uint64_t seed) {
+    int64_t N = size[2], K = size[3];
+    if (K > N || (size[5] == 1 && K > fmoe_num_keys(N) * fmoe_num_keys(N)))
+        return DOES_NOT_APPLY;
+    return rungs_agree(&fmoe_step_expert_backward, chapter9_expert_rungs, seed, "T%d-d%d-N%d-K%d-%s-%s", (int)size[0],
+                       (int)size[1], (int)N, (int)K, routings[size[5]], type_name(size[4]));
+}
+
+SENTENCE(9, 16, "Every rung of expert_backward computes the four gradients: odd sizes, idle experts, hot ones.",
+         "an expert with 257 pairs is cut in two, one with none must still be zeroed", "the reference") {
+    for_sizes("T d N K type routing", expert_rungs,
+              SIZES({0, 7, 5, 2, 0, 0}, {1, 1, 1, 1, 0, 0}, {1, 1, 1, 1, 2, 2}, {3, 5, 4, 4, 0, 0},
+                    {29, 72, 170, 6, 0, 1}, {29, 72, 170, 6, 1, 1}, {29, 72, 170, 6, 2, 0}, {256, 3, 7, 1, 0, 2},
+                    {257, 3, 7, 1, 0, 2}, {257, 17, 7, 2, 2, 2}, {1030, 9, 3, 1, 0, 2}, {40, 16, 600, 3, 0, 0},
+                    {600, 33, 2, 2, 1, 0}, {7, 130, 1000, 20, 0, 0}));
+}
+
+static const char *mlp_rungs(const int64_t *size, uint64_t seed) {
+    return rungs_agree(&fmoe_step_mlp_backward, chapter9_mlp_rungs, seed, "T%d-d%d-I%d-%s", (int)size[0], (int)size[1],
+                       (int)size[2], type_name(size[3]));
+}
+
+SENTENCE(9, 17, "Every rung of mlp_backward computes the four gradients.",
+         "eight products with operands either way round", "the reference") {
+    for_sizes("T d I type", mlp_rungs,
+              SIZES({0, 5, 7, 0}, {1, 1, 1, 0}, {1, 1, 1, 1}, {3, 7, 5, 2}, {13, 40, 33, 0}, {65, 17, 100, 1},
+                    {30, 66, 35, 2}, {100, 3, 50, 0}));
+}
+
+static const char *layer_rungs(const int64_t *size, uint64_t seed) {
+    int64_t T = size[0], N = size[3], K = size[4], n = fmoe_num_keys(N);
+    bool training = size[6] & 1, norm = size[6] & 2;
+    if (K > n * n || (training && T == 1))
+        return DOES_NOT_APPLY;
+    return rungs_agree(&fmoe_step_layer_backward, chapter9_layer_rungs, seed, "T%d-d%d-I%d-N%d-K%d-normal-%s%s%s",
+                       (int)T, (int)size[1], (int)size[2], (int)N, (int)K, type_name(size[5]), training ? "-train" : "",
+                       norm ? "-norm" : "");
+}
+
+SENTENCE(9, 18, "Every rung of layer_forward_backward computes y, the routing, the buffers and seven gradients.",
+         "what was kept must be what would be computed again", "the reference, at the rung's own choice") {
+    for_sizes("T d I N K type mode", layer_rungs,
+              SIZES({0, 5, 4, 9, 2, 0, 0}, {0, 5, 4, 9, 2, 0, 1}, {1, 1, 1, 1, 1, 0, 0}, {1, 8, 3, 4, 1, 0, 2},
+                    {2, 3, 5, 4, 2, 0, 1}, {29, 72, 50, 170, 6, 0, 3}, {29, 72, 50, 170, 6, 1, 1},
+                    {29, 72, 50, 170, 6, 2, 2}, {40, 65, 33, 100, 100, 0, 1}, {300, 20, 17, 26, 5, 0, 0}));
+}
+
+static const char *rungs_same_bits(const int64_t *size, uint64_t seed) {
+    int64_t type = size[0];
+    CHECK(rungs_repeat(&fmoe_step_topk_backward, chapter9_topk_rungs, seed, "T33-n13-K9-normal-%s", type_name(type)));
+    CHECK(rungs_repeat(&fmoe_step_expert_backward, chapter9_expert_rungs, seed, "T300-d37-N50-K3-hot-%s",
+                       type_name(type)));
+    CHECK(rungs_repeat(&fmoe_step_mlp_backward, chapter9_mlp_rungs, seed, "T33-d40-I65-%s", type_name(type)));
+    return rungs_repeat(&fmoe_step_layer_backward, chapter9_layer_rungs, seed, "T33-d40-I65-N100-K7-normal-%s-train",
+                        type_name(type));
+}
+
+SENTENCE(9, 19, "Every rung of the four ladders writes the same bits with any number of threads.",
+         "copies are as many as they are, not as there are threads; runs are cut at 256 pairs, not at a thread's share",
+         "1, 2, 3 and 7 threads") {
+    for_sizes("type", rungs_same_bits, SIZES({0}, {1}, {2}));
+}
+
+/* ---- Bad input --------------------------------------------------------------------------------------------------- */
+
+static void refused(const char *what, fmoe_status status, fmoe_status wanted, const char *words) {
+    expect(status == wanted, "%s: status is %s, should be %s", what, fmoe_status_name(status),
+           fmoe_status_name(wanted));
+    expect(strstr(fmoe_error_message(), words), "%s: the message is \"%s\"", what, fmoe_error_message());
+}
+
+SENTENCE(9, 20, "Every backward function refuses what its forward function refuses, and names it.",
+         "a status and a message, never a crash, and nothing written", "the contract") {
+    float a[64] = {0}, out[64];
+    int32_t indices[8] = {0, 1, 2, 3, 0, 1, 2, 9};
+    for (int i = 0; i < 64; i++)
+        out[i] = 7;
+    refused("one token", fmoe_router_norm_backward(true, 1, 2, a, a, a, a, out), FMOE_BATCH_OF_ONE, "tokens = 1");
+    refused("no mean", fmoe_router_norm_backward(false, 2, 2, a, NULL, a, a, out), FMOE_NULL_POINTER, "running_mean");
+    refused("no dx", fmoe_router_norm_backward(true, 2, 2, a, a, a, a, NULL), FMOE_NULL_POINTER, "dx");
+    refused("no units", fmoe_router_logits_backward(2, 0, 2, a, a, a, FMOE_OVERWRITE, out, out), FMOE_BAD_SIZE,
+            "hidden_size = 0");
+    refused("no dlogits", fmoe_router_logits_backward(2, 2, 2, a, a, NULL, FMOE_OVERWRITE, out, out), FMOE_NULL_POINTER,
+            "dlogits");
+    refused("no keys", fmoe_log_softmax_backward(2, -1, a, a, out), FMOE_BAD_SIZE, "num_keys = -1");
+    refused("no dlog_probs", fmoe_log_softmax_backward(2, 2, a, NULL, out), FMOE_NULL_POINTER, "dlog_probs");
+    refused("K", fmoe_topk_backward(1, 2, 5, false, a, indices, a, a, out), FMOE_BAD_TOPK, "5 exceeds n² = 4");
+    refused("index", fmoe_topk_backward(2, 3, 4, false, a, indices, a, a, out), FMOE_BAD_INDEX, "indices[1, 3] = 9");
+    refused("no indices", fmoe_topk_backward(1, 2, 2, false, a, NULL, a, a, out), FMOE_NULL_POINTER, "indices");
+    refused("expert index",
+            fmoe_expert_backward(2, 2, 9, 4, a, a, a, indices, a, a, FMOE_OVERWRITE, out, out, out, out),
+            FMOE_BAD_INDEX, "[0, num_experts = 9)");
+    refused("no dy", fmoe_expert_backward(1, 2, 9, 4, a, a, a, indices, a, NULL, FMOE_OVERWRITE, out, out, out, out),
+            FMOE_NULL_POINTER, "dy");
+    refused("experts", fmoe_expert_backward(1, 2, 3, 4, a, a, a, indices, a, a, FMOE_OVERWRITE, out, out, out, out),
+            FMOE_BAD_TOPK, "4 exceeds num_experts = 3");
+    refused(
+        "pairs",
+        fmoe_expert_backward(INT64_C(1) << 31, 1, 2, 2, a, a, a, indices, a, a, FMOE_OVERWRITE, NULL, NULL, NULL, NULL),
+        FMOE_OVERFLOW, "tokens × num_experts_per_tok");
+    refused("size", fmoe_mlp_backward(INT64_MAX / 2, 2, 2, a, a, a, a, a, FMOE_OVERWRITE, out, out, out, out),
+            FMOE_OVERFLOW, "tokens × hidden_size");
+    refused("no neurons", fmoe_mlp_backward(1, 2, 0, a, a, a, a, a, FMOE_OVERWRITE, out, out, out, out), FMOE_BAD_SIZE,
+            "intermediate_size = 0");
+    refused("no mlp dy", fmoe_mlp_backward(1, 2, 2, a, a, a, a, NULL, FMOE_OVERWRITE, out, out, out, out),
+            FMOE_NULL_POINTER, "dy");
+
+    fmoe_config config = {2, 2, 4, 2, false};
+    fmoe_weights weights = {a, a, a, a, a, a, a, a};
+    fmoe_gradients gradients = {out, out, out, out, out, out, out};
+    refused("layer index", fmoe_layer_backward(&config, &weights, false, 4, a, indices, a, FMOE_OVERWRITE, &gradients),
+            FMOE_BAD_INDEX, "indices[3, 1] = 9");
+    refused("layer gradients", fmoe_layer_backward(&config, &weights, false, 1, a, indices, a, FMOE_OVERWRITE, NULL),
+            FMOE_NULL_POINTER, "gradients");
+    refused("layer of one", fmoe_layer_backward(&config, &weights, true, 1, a, indices, a, FMOE_OVERWRITE, &gradients),
+            FMOE_BATCH_OF_ONE, "tokens = 1");
+    weights.up_proj = NULL;
+    refused("layer weight", fmoe_layer_backward(&config, &weights, false, 1, a, indices, a, FMOE_OVERWRITE, &gradients),
+            FMOE_NULL_POINTER, "up_proj.weight");
+    for (int i = 0; i < 64; i++)
+        expect(out[i] == 7, "a refused call wrote to an output");
+}
