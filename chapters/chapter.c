@@ -106,6 +106,13 @@ static bool has_cuda(const fmoe_ladder *ladder) {
     return false;
 }
 
+static bool has_library(const fmoe_ladder *ladder) {
+    for (const fmoe_rung *rung = ladder->rungs; rung->run; rung++)
+        if (rung->library && is_chosen(rung))
+            return true;
+    return false;
+}
+
 /* Times seen so far at this case; 0 where there is none yet. */
 typedef struct {
     double before_ms, first_ms, best_cpu_ms, library_ms;
@@ -198,7 +205,7 @@ static int climb_case(const fmoe_ladder *ladder, const char *name) {
     printf("\n%s  %s\n", ladder->step->op, name);
     if (work.floor_ms > 0)
         printf("  floor %.4g ms: %s\n", work.floor_ms, work.floor_why ? work.floor_why : "");
-    table_header(has_cuda(ladder) ? "best cpu" : "first");
+    table_header(has_cuda(ladder) ? "best cpu" : "first", has_library(ladder));
     climb(ladder, &p, &work);
     recorded_show(&recorded, ladder->step->op, name, !has_cuda(ladder));
     predict_compare();

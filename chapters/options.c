@@ -31,20 +31,49 @@ static void help(const fmoe_chapter *chapter) {
                chapter->option_help[strlen(chapter->option_help) - 1] == '\n' ? "" : "\n");
 }
 
+enum { WIDTH = 110 };
+
+/* Columns that UTF-8 text takes: every byte that does not continue a character starts one. */
+static int columns(const char *text, size_t bytes) {
+    int count = 0;
+    for (size_t i = 0; i < bytes; i++)
+        count += ((unsigned char)text[i] & 0xc0) != 0x80;
+    return count;
+}
+
+/* Prints text from this column on, broken between words and indented to the same column. */
+static void print_wrapped(int indent, const char *text) {
+    int column = indent;
+    for (size_t length; *text; text += length + (text[length] == ' ')) {
+        length = strcspn(text, " ");
+        int wide = columns(text, length);
+        if (column > indent && column + 1 + wide > WIDTH) {
+            printf("\n%*s", indent, "");
+            column = indent;
+        } else if (column > indent) {
+            putchar(' ');
+            column++;
+        }
+        printf("%.*s", (int)length, text);
+        column += wide;
+    }
+    putchar('\n');
+}
+
 static void list_cases(const char *title, const char *const *cases) {
-    printf("  %s:", title);
+    printf("  %s\n", title);
     for (; cases && *cases; cases++)
-        printf(" %s", *cases);
-    printf("\n");
+        printf("    %s\n", *cases);
 }
 
 static void list(const fmoe_chapter *chapter) {
     printf("Chapter %d: %s\n", chapter->number, chapter->title);
     for (const fmoe_ladder *ladder = chapter->ladders; ladder && ladder->step; ladder++) {
         printf("\n%s\n", ladder->step->op);
-        for (const fmoe_rung *rung = ladder->rungs; rung->run; rung++)
-            printf("  %-18s %-4s %-8s %s\n", rung->name, backend_name(rung->backend), level_name(rung->level),
-                   rung->idea ? rung->idea : "");
+        for (const fmoe_rung *rung = ladder->rungs; rung->run; rung++) {
+            printf("  %-18s %-4s %-8s ", rung->name, backend_name(rung->backend), level_name(rung->level));
+            print_wrapped(35, rung->idea ? rung->idea : "");
+        }
         list_cases("cases", ladder->cases);
         list_cases("cases with --quick", ladder->quick_cases);
     }

@@ -104,7 +104,7 @@ void recorded_show_rest(recorded_data *data, const char *op) {
             char case_name[sizeof row->case_name];
             strcpy(case_name, row->case_name);
             printf("\n%s  %s\n", op, case_name);
-            table_header("best cpu");
+            table_header("best cpu", false);
             recorded_show(data, op, case_name, true);
         }
 }

@@ -4,10 +4,13 @@
 #include <math.h>
 #include <string.h>
 
+static bool has_library;
+
 /* "×" takes one column of the terminal and two bytes, so the header is typed out rather than padded. */
-void table_header(const char *base) {
-    printf("  %-22s %-8s %12s   × before %11s%s  × library   of floor   error\n", "rung", "level", "median ms", "× ",
-           base);
+void table_header(const char *base, bool library) {
+    has_library = library;
+    printf("  %-22s %-8s %12s   × before  %*s× %s%s   of floor   error\n", "rung", "level", "median ms",
+           9 - (int)strlen(base), "", base, library ? "  × library" : "");
 }
 
 /* A number that may be unknown, right-aligned. */
@@ -16,25 +19,25 @@ static void ratio(double value, int width) {
         printf("%*s", width, "-");
     else if (value >= 999.5)
         printf("%*.0f", width, value);
-    else if (value >= 9.995)
-        printf("%*.1f", width, value);
     else
-        printf("%*.2f", width, value);
+        printf("%*.*f", width, value >= 9.995 ? 1 : value >= 0.0995 ? 2 : 3, value);
 }
 
 void table_line(const table_row *row) {
     printf("  %-22s %-8s %12.4f", row->name, row->level, row->ms);
     ratio(row->before_ms / row->ms, 11);
     ratio(row->base_ms / row->ms, 13);
-    ratio(row->library_ms / row->ms, 11);
+    if (has_library)
+        ratio(row->library_ms / row->ms, 11);
     double share = 100 * row->floor_ms / row->ms;
     if (share > 0)
         printf("%9.*f %%", share < 9.95, share);
     else
         printf("%11s", "-");
+    char error[16] = "-";
     if (isfinite(row->error))
-        printf("   %.1e", row->error);
-    printf("%s%s\n", isfinite(row->error) ? " " : "   ", row->verdict);
+        snprintf(error, sizeof error, row->error > 0 ? "%.1e" : "0", row->error);
+    printf("   %-7s %s\n", error, row->verdict);
 }
 
 void table_note(const char *name, const char *level, const char *note) {

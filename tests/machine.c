@@ -228,7 +228,11 @@ SENTENCE(0, 7, "Choices are compared as sets, and pairs may differ only where th
     for_sizes("T n K", sets_are_compared, SIZES({1, 2, 1}, {2, 3, 4}, {5, 8, 7}, {3, 13, 168}, {4, 20, 399}));
     const int32_t best[] = {2}, second[] = {0};
     float near[] = {0, 8e-6f, 0, -1}, apart[] = {0, 3e-5f, 0, -1}, large[] = {0, 3e-5f, 0, -100};
+    const int32_t twice[] = {2, 2}, both[] = {2, 0}, outside[] = {2, 4};
     expect(fmoe_compare_indices(1, 2, 1, near, second, best) == -1, "a gap of 8e-6 is refused");
+    expect(fmoe_compare_indices(1, 2, 2, near, both, both) == -1, "a choice is refused by itself");
+    expect(fmoe_compare_indices(1, 2, 2, near, twice, both) == 0, "a pair chosen twice is accepted");
+    expect(fmoe_compare_indices(1, 2, 2, near, outside, both) == 0, "an index of 4 with n = 2 is accepted");
     expect(fmoe_compare_indices(1, 2, 1, apart, second, best) == 0, "a gap of 3e-5 is accepted");
     expect(fmoe_compare_indices(1, 2, 1, large, second, best) == -1, "a gap of 3e-5 beside a logit of 100 is refused");
 }
