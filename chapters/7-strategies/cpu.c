@@ -427,7 +427,7 @@ const char *const strategy_names[NUM_STRATEGIES] = {"token", "expert", "dense", 
 #define NS_SLOT        0.4   /* an expert's counter in the schedule */
 #define NS_TOKEN_PAIR  6     /* whatever d is: silu, the loop around a row */
 #define NS_EXPERT_PAIR 9     /* the same, and a place in the schedule */
-#define NS_DENSE_PAIR  8     /* into a block's list, out of its tile and back */
+#define NS_DENSE_PAIR  6     /* into a block's list, out of its tile and back */
 #define NS_ROWS_PAIR   15    /* into a row's list, out of its tile, silu */
 #define L2_BYTES       1e6
 #define L3_BYTES       12e6 /* what is left of it for one of two tables */
