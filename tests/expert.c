@@ -697,7 +697,7 @@ SENTENCE(5, 7, "Every rung of chapter 5 writes the same bits with 1, 2, 3 and 7 
          "the run with one thread") {
     for_sizes("T d N K dtype hot", repeats5,
               SIZES({1, 1, 1, 1, 0, 0}, {29, 72, 50, 9, 0, 0}, {29, 71, 50, 17, 1, 1}, {29, 72, 50, 9, 2, 0},
-                    {131, 130, 64, 33, 0, 1}, {301, 33, 7, 3, 0, 0}, {700, 8, 40, 1, 0, 1}));
+                    {131, 130, 64, 33, 0, 1}, {301, 33, 7, 3, 0, 0}, {700, 8, 40, 1, 0, 1}, {900, 300, 60, 8, 0, 0}));
 }
 
 /* A problem whose rows of experts that no token asks for are NaN, in both tables. */
