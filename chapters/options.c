@@ -10,12 +10,14 @@ fmoe_options fmoe_opt = {.level = LEVEL_HOPPER, .seed = 1};
 options_more opt_more;
 
 static void help(const fmoe_chapter *chapter) {
+    bool has_cases = chapter->ladders && chapter->ladders->step && chapter->ladders->cases;
+    const char *example = has_cases ? chapter->ladders->cases[0] : "T16-f32";
     printf("usage: ./chapter%d [options]\n"
            "Chapter %d: %s.\n"
            "Times every rung, checks it against the reference, draws the ladder, and leaves a CSV and an SVG.\n\n",
            chapter->number, chapter->number, chapter->title);
     printf("  --list           the rungs with their ideas, and the cases\n"
-           "  --case NAME      time this case instead, e.g. T1024-d256-N16384-K64-normal-f32; may be repeated\n"
+           "  --case NAME      time this case instead, e.g. %s; may be repeated\n"
            "  --only A[,B]     only these rungs\n"
            "  --level LEVEL    rungs up to core, advanced or hopper (default: all)\n"
            "  --dtype TYPE     f32, f16 or bf16 in place of the type that each case names\n"
@@ -25,7 +27,7 @@ static void help(const fmoe_chapter *chapter) {
            "  --quick          smaller cases, shorter timing\n"
            "  --predict        type a guess for each rung before its time is shown\n"
            "  --help           this text\n",
-           omp_get_max_threads(), chapter->number);
+           example, omp_get_max_threads(), chapter->number);
     if (chapter->option_help)
         printf("%s%s", chapter->option_help,
                chapter->option_help[strlen(chapter->option_help) - 1] == '\n' ? "" : "\n");

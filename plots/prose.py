@@ -112,6 +112,25 @@ def ladder(chapter, op, case=None):
     put("\n\n".join(text))
 
 
+def ceilings():
+    """Chapter 0's rates: the fastest run, and the median beside it."""
+    path, rows = recorded(0)
+    if not rows:
+        put("*No ceilings are recorded yet; `make ceilings` measures them.*")
+        return
+    lines = ["| what | case | fastest run | median | |", "| --- | --- | --: | --: | --- |"]
+    for row in rows:
+        times = number(row["min_ms"]), number(row["median_ms"])
+        if number(row["bytes"]):
+            cells, unit = [digits(number(row["bytes"]) / ms * 1e-6) for ms in times], "GB/s"
+        elif number(row["flops"]):
+            cells, unit = [digits(number(row["flops"]) / ms * 1e-6) for ms in times], "GFLOP/s"
+        else:
+            cells, unit = [digits(ms * 1e3) for ms in times], "µs"
+        lines.append(f"| {row['op']} | {row['case'].strip('-')} | {cells[0]} | {cells[1]} | {unit} |")
+    put(f"{rows[0]['device']}, {rows[0]['date']} ({link(path)}):\n\n" + "\n".join(lines))
+
+
 # ---- Test sentences -------------------------------------------------------------------------------------------------
 
 STRING = r'(?:"(?:[^"\\]|\\.)*"\s*)+'
