@@ -1,6 +1,20 @@
 # flashmoe.c. `make help` lists the targets.
 #
 # Everything built lands in $(BUILD), except the chapter programs, which lie here at the top.
+ifneq ($(and $(filter setup,$(MAKECMDGOALS)),$(filter-out setup,$(MAKECMDGOALS))),)
+
+# `make setup test`: setup first, whatever -j says; then the rest, by a make that sees what was installed.
+AFTER = $(filter-out setup,$(MAKECMDGOALS))
+.PHONY: setup after-setup $(AFTER)
+setup:
+	@tests/setup.sh
+after-setup: setup
+	@+$(MAKE) --no-print-directory $(AFTER)
+$(AFTER): after-setup
+	@:
+
+else
+
 BUILD  ?= build
 CC     ?= cc
 OPT    ?= -O3 -march=native
@@ -22,7 +36,7 @@ LIBRARY = $(call object,$(REF) $(SHARED) $(RUNGS))
 .PHONY: help clean $(NUMBERS:%=chapter%)
 
 help: ## this list
-	@grep -hE '^[a-z%0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+	@grep -hE '^#?[a-zN-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^#//; s/:.*## /\t/' | expand -t 16
 
 $(BUILD)/ref_cpu/%.o: CFLAGS += -ffp-contract=off
 # The rungs may fuse (gcc would not in ISO C): they are held to a limit of error, not to bits of another build.
@@ -35,6 +49,7 @@ $(BUILD)/libflashmoe.a: $(LIBRARY)
 	@rm -f $@
 	ar rcs $@ $^
 
+#chapterN: ## build one chapter's program, N from 0 to 9: make chapter3 && ./chapter3
 # Always asked, never rebuilt without need: the program lies at the top, its parts in $(BUILD).
 $(NUMBERS:%=chapter%): chapter%: $(BUILD)/chapter%
 	@cp -u $< $@
@@ -50,3 +65,5 @@ clean: ## remove everything that was built
 
 -include $(wildcard chapters/*.mk plots/*.mk tests/*.mk tests/*/*.mk)
 -include $(shell find $(BUILD) -name '*.d' 2>/dev/null)
+
+endif
