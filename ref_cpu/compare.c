@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+// [error]
 double fmoe_relative_error(int64_t count, const float *out, const float *ref, double natural_scale) {
     if (count > 0 && (!out || !ref))
         return INFINITY;
@@ -27,6 +28,7 @@ double fmoe_relative_error(int64_t count, const float *out, const float *ref, do
         return sqrt(out_norm) / natural_scale;
     return sqrt(difference / ref_norm);
 }
+// [/error]
 
 double fmoe_error_limit(fmoe_dtype dtype) {
     if (dtype == FMOE_F16)
