@@ -5,8 +5,11 @@
 #include <stdlib.h>
 
 static const char *const cases[] = {
-    "T1024-d256-N16384-K64-normal-f32",   "T1024-d256-N16384-K64-trained-f32", "T256-d256-N16384-K1024-normal-f32",
-    "T256-d256-N16384-K4096-uniform-f32", "T256-d256-N1024-K512-normal-bf16",  NULL,
+    "T1024-d256-N16384-K64-normal-f32",
+    "T256-d256-N16384-K1024-normal-f32",
+    "T256-d256-N16384-K4096-uniform-f32",
+    "T256-d256-N1024-K512-normal-bf16",
+    NULL,
 };
 static const char *const quick_cases[] = {
     "T256-d128-N16384-K64-normal-f32",
@@ -22,8 +25,8 @@ static const fmoe_ladder ladders[] = {
 
 enum { MAP_D = 128, MAP_N = 16384, MAX_RUNS = 9 };
 
-static const int64_t tokens[] = {512, 64, 8}, quick_tokens[] = {64, 8};
-static const int64_t chosen[] = {16, 64, 256, 1024, 4096}, quick_chosen[] = {16, 256, 4096};
+static const int64_t tokens[] = {256, 32, 4}, quick_tokens[] = {32, 4};
+static const int64_t chosen[] = {64, 512, 2048, 4096, 8192}, quick_chosen[] = {64, 2048, 8192};
 static const char *const routings[] = {"uniform", "normal", "trained"};
 #define COUNT(array) ((int)(sizeof(array) / sizeof *(array)))
 
