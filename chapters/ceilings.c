@@ -3,7 +3,7 @@
 
 #include <omp.h>
 #include <stdlib.h>
-#include <string.h>
+#include <time.h>
 
 /* The widest vector of the machine compiled for, in bytes. */
 #if defined(__AVX512F__)
@@ -20,7 +20,7 @@ static volatile float sink; /* results go here so that the compiler cannot leave
 
 static const double gather_mb[] = {0.25, 1, 4, 16, 64, 256};
 enum { GATHER_SIZES = sizeof gather_mb / sizeof gather_mb[0] };
-enum { ROW_FLOATS = 256, ROW_BYTES = 1024, GATHER_ROWS = 65536, FMA_STEPS = 1000000, REGIONS = 1000 };
+enum { ROW_FLOATS = 256, ROW_BYTES = 1024, GATHER_ROWS = 65536, FMA_STEPS = 1000000, REGIONS = 1000, MAX_SAMPLES = 20 };
 
 typedef struct {
     float *table;
@@ -29,14 +29,28 @@ typedef struct {
     uint32_t seed;
 } memory;
 
+/* A thread's own clock: it stands still while another program has the core, so that a busy machine still shows what it
+ * can do. The ceilings are read from it; rungs are not, because whoever calls them waits for the wall's clock. */
+static double cpu_ms(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+    return (double)now.tv_sec * 1e3 + (double)now.tv_nsec * 1e-6;
+}
+
 // [copy]
-/* Half of the table to the other half, a contiguous share a thread. */
-static void copy(void *context) {
-    const memory *m = context;
+/* Half of the table to the other half, a contiguous share a thread. Returns the slowest thread's time. */
+static double copy(memory *m) {
     int64_t half = m->count / 2;
-#pragma omp parallel for simd schedule(static)
-    for (int64_t i = 0; i < half; i++)
-        m->table[half + i] = m->table[i];
+    double ms = 0;
+#pragma omp parallel reduction(max : ms)
+    {
+        double start = cpu_ms();
+#pragma omp for simd schedule(static) nowait
+        for (int64_t i = 0; i < half; i++)
+            m->table[half + i] = m->table[i];
+        ms = cpu_ms() - start;
+    }
+    return ms;
 }
 // [/copy]
 
@@ -55,13 +69,18 @@ static float gather_rows(const float *table, uint32_t num_rows, uint32_t state) 
 // [/gather]
 
 /* Every thread gathers from the whole table, and never the last call's rows: those are still in some cache. */
-static void gather(void *context) {
-    memory *m = context;
+static double gather(memory *m) {
     float total = 0;
+    double ms = 0;
     m->seed += 104729;
-#pragma omp parallel reduction(+ : total)
-    total += gather_rows(m->table, m->num_rows, m->seed + 7919u * (uint32_t)omp_get_thread_num());
+#pragma omp parallel reduction(+ : total) reduction(max : ms)
+    {
+        double start = cpu_ms();
+        total += gather_rows(m->table, m->num_rows, m->seed + 7919u * (uint32_t)omp_get_thread_num());
+        ms = cpu_ms() - start;
+    }
     sink = total;
+    return ms;
 }
 
 // [fma]
@@ -83,28 +102,41 @@ static float fma_chains(float step) {
 }
 // [/fma]
 
-static void fma_all(void *context) {
-    float step = *(float *)context, total = 0;
-#pragma omp parallel reduction(+ : total)
-    total += fma_chains(step);
+static double fma_all(memory *m) {
+    float total = 0, step = 1e-6f * (float)++m->seed; /* not known when this is compiled */
+    double ms = 0;
+#pragma omp parallel reduction(+ : total) reduction(max : ms)
+    {
+        double start = cpu_ms();
+        total += fma_chains(step);
+        ms = cpu_ms() - start;
+    }
     sink = total;
+    return ms;
 }
 
-static void fork_join(void *context) {
-    (void)context;
+/* By the wall's clock: waiting for each other is what is measured. */
+static double fork_join(memory *m) {
+    (void)m;
+    double start = fmoe_now_ms();
     for (int i = 0; i < REGIONS; i++) {
 #pragma omp parallel
         __asm__ volatile("" ::: "memory"); /* a region that the compiler may not remove */
     }
+    return (fmoe_now_ms() - start) / REGIONS;
 }
 
-static measured_ceiling *add(ceiling_list *list, const char *op, double mb) {
+static fmoe_timing several(double (*call)(memory *), memory *m, int runs) {
+    double ms[MAX_SAMPLES];
+    call(m);
+    for (int i = 0; i < runs; i++)
+        ms[i] = call(m);
+    return timing_of(runs, ms);
+}
+
+static measured_ceiling *add(ceiling_list *list, const char *op) {
     measured_ceiling *c = &list->all[list->count++];
-    *c = (measured_ceiling){.op = op, .mb = mb};
-    if (mb > 0)
-        snprintf(c->case_name, sizeof c->case_name, "table%gMB-row1KB", mb);
-    else
-        snprintf(c->case_name, sizeof c->case_name, "-");
+    *c = (measured_ceiling){.op = op, .case_name = "-"};
     return c;
 }
 
@@ -120,15 +152,17 @@ static void measure_memory(ceiling_list *list) {
 #pragma omp parallel for schedule(static)
     for (int64_t i = 0; i < m.count; i++)
         m.table[i] = 1;
-    measured_ceiling *c = add(list, "copy", 0);
+    measured_ceiling *c = add(list, "copy");
     snprintf(c->case_name, sizeof c->case_name, "%gMB", mb / 2);
     c->work.bytes = mb * 1e6;
-    c->timing = time_runs(copy, &m, 5, 5, 0);
+    c->timing = several(copy, &m, 5);
     for (int i = 0; i < sizes; i++) {
-        c = add(list, "gather", gather_mb[i]);
-        m.num_rows = (uint32_t)(gather_mb[i] * 1e6 / ROW_BYTES);
+        c = add(list, "gather");
+        c->mb = gather_mb[i];
+        snprintf(c->case_name, sizeof c->case_name, "table%gMB-row1KB", c->mb);
+        m.num_rows = (uint32_t)(c->mb * 1e6 / ROW_BYTES);
         c->work.bytes = (double)GATHER_ROWS * ROW_BYTES * omp_get_max_threads();
-        c->timing = time_runs(gather, &m, 20, 20, 0);
+        c->timing = several(gather, &m, MAX_SAMPLES);
     }
     free(m.table);
 }
@@ -137,14 +171,11 @@ void ceilings_measure(ceiling_list *list) {
     list->count = 0;
     fmoe_progress("measuring this machine's ceilings");
     measure_memory(list);
-    measured_ceiling *c = add(list, "fma", 0);
-    float step = 1e-3f;
+    memory none = {0};
+    measured_ceiling *c = add(list, "fma");
     c->work.flops = 2.0 * FMA_STEPS * CHAINS * LANES * omp_get_max_threads();
-    c->timing = time_runs(fma_all, &step, 10, 10, 0);
-    c = add(list, "fork_join", 0);
-    c->timing = time_runs(fork_join, NULL, 10, 10, 0);
-    c->timing.median_ms /= REGIONS;
-    c->timing.min_ms /= REGIONS;
-    c->timing.max_ms /= REGIONS;
+    c->timing = several(fma_all, &none, 10);
+    c = add(list, "fork_join");
+    c->timing = several(fork_join, &none, 10);
     fmoe_progress("%s", "");
 }

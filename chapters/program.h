@@ -27,6 +27,7 @@ size_t rung_workspace(const fmoe_rung *rung, const fmoe_problem *p);
 
 /* timing.c: one warm-up, then runs until the budget is spent, within these numbers of them. */
 fmoe_timing time_runs(void (*call)(void *), void *context, int at_least, int at_most, double budget_ms);
+fmoe_timing timing_of(int runs, double *ms); /* sorts them */
 
 /* ceilings.c: each a timing of a known amount of work. */
 typedef struct {

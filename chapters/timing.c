@@ -17,6 +17,12 @@ static int by_value(const void *a, const void *b) {
 
 enum { MAX_RUNS = 200 };
 
+fmoe_timing timing_of(int runs, double *ms) {
+    qsort(ms, (size_t)runs, sizeof *ms, by_value);
+    double median = runs % 2 ? ms[runs / 2] : 0.5 * (ms[runs / 2 - 1] + ms[runs / 2]);
+    return (fmoe_timing){.median_ms = median, .min_ms = ms[0], .max_ms = ms[runs - 1], .runs = runs};
+}
+
 // [time]
 fmoe_timing time_runs(void (*call)(void *), void *context, int at_least, int at_most, double budget_ms) {
     double spent_ms = 0, ms[MAX_RUNS];
@@ -28,9 +34,7 @@ fmoe_timing time_runs(void (*call)(void *), void *context, int at_least, int at_
         ms[runs] = fmoe_now_ms() - start;
         spent_ms += ms[runs++];
     } while (runs < at_least || (runs < at_most && spent_ms < budget_ms));
-    qsort(ms, (size_t)runs, sizeof *ms, by_value);
-    double median = runs % 2 ? ms[runs / 2] : 0.5 * (ms[runs / 2 - 1] + ms[runs / 2]);
-    return (fmoe_timing){.median_ms = median, .min_ms = ms[0], .max_ms = ms[runs - 1], .runs = runs};
+    return timing_of(runs, ms);
 }
 // [/time]
 
