@@ -66,7 +66,9 @@ static const char *about_reference(const int64_t *size, uint64_t seed, claim *ho
         return verdict(&s, because("%s", fmoe_error_message()));
     if (s.offsets[N + 1] != GUARD || s.pairs[T * K] != GUARD)
         return verdict(&s, because("wrote behind an array"));
-    return verdict(&s, holds(&s));
+    const char *why = holds(&s);
+    free_schedule(&s);
+    return why;
 }
 
 #define TKN SIZES({0, 3, 5}, {1, 1, 1}, {1, 4, 4}, {3, 2, 4}, {7, 5, 11}, {64, 8, 13}, {29, 6, 170}, {100, 16, 1000})

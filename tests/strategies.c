@@ -16,7 +16,7 @@ static void *allocate(size_t bytes) {
 
 static fmoe_problem new_problem(const char *name, uint64_t seed) {
     fmoe_case c;
-    fmoe_problem p;
+    fmoe_problem p = {0};
     fmoe_status status = fmoe_case_parse(name, &c);
     if (status == FMOE_OK)
         status = fmoe_problem_new(&fmoe_step_expert, &c, seed, &p);
