@@ -334,7 +334,7 @@ static const char *untouched_rows(const int64_t *size, uint64_t seed) {
     if (K > N || N < 2)
         return DOES_NOT_APPLY;
     expert_context c EXPERTS = new_experts(seed, T, d, N, K);
-    int64_t alone = seed % (uint64_t)N; /* nobody's choice */
+    int64_t alone = (int64_t)(seed % (uint64_t)N); /* nobody's choice */
     for (int64_t i = 0; i < T * K; i++)
         if (c.indices[i] == alone)
             c.indices[i] = (int32_t)((alone + 1) % N);

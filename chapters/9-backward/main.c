@@ -104,8 +104,8 @@ static int finite_differences(void) {
         TOKENS, D, HIDDEN, EXPERTS, CHOSEN, "tensor", "elements", "h = 1/8", "h = 1/16", "h = 1/32");
     for (int i = 0; i < NUM_TENSORS; i++) {
         printf("  %-12s %9d", tensors[i].name, tensors[i].count);
-        for (float h = 0.125f; h > 0.03f; h /= 2)
-            printf("    %.1e", disagreement(i, gradients[i], h));
+        for (int shift = 3; shift <= 5; shift++)
+            printf("    %.1e", disagreement(i, gradients[i], 1.0f / (float)(1 << shift)));
         printf("\n");
     }
     for (int i = 0; i < NUM_TENSORS; i++)
