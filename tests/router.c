@@ -465,6 +465,7 @@ SENTENCE(2, 16, "Reference and rungs give the same bits for any number of thread
     for_sizes("T d n", reference_repeats, SIZES({2, 1, 1}, {29, 200, 7}, {65, 72, 13}));
     for_sizes("T d n type training", bits_repeat,
               SIZES({1, 5, 3, 0, 0}, {29, 72, 13, 0, 1}, {300, 40, 13, 2, 1}, {130, 17, 33, 1, 0}));
+    for_random_sizes("T d n type training", bits_repeat, 30, (int64_t[]){2, 1, 1, 0, 0}, (int64_t[]){70, 20, 12, 2, 1});
 }
 
 SENTENCE(2, 17, "Bad arguments are named, each with its status, and nothing is written.",

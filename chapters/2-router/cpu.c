@@ -9,7 +9,13 @@
 enum {
     STATISTICS_ROWS = 64, // tokens whose sums are taken together; fixed, so that the bits depend on no thread
     BLOCK_TOKENS = 512,   // tokens that are projected together: their logits stay in the second-level cache
+    FEW_TOKENS = 8,       // up to so many, packing the gate for tiles costs more than it saves
 };
+
+// For functions called in a parallel loop whose sums may be fused. Inlined and unrolled, a loop's body exists twice,
+// for the bulk and for the rest; gcc may fuse multiply-adds in one and not in the other, and which of the two a row
+// meets depends on where its thread's share begins.
+#define ONE_COPY __attribute__((noinline))
 
 static int64_t smaller(int64_t a, int64_t b) {
     return a < b ? a : b;
@@ -133,14 +139,14 @@ static void norm_by_columns(const fmoe_router_args *args, scratch s, bool parall
 
 typedef float dot_fn(int64_t d, const float *a, const float *b);
 
-static float dot_in_order(int64_t d, const float *a, const float *b) {
+ONE_COPY static float dot_in_order(int64_t d, const float *a, const float *b) {
     float sum = 0;
     for (int64_t i = 0; i < d; i++)
         sum += a[i] * b[i];
     return sum;
 }
 
-static float dot_in_vectors(int64_t d, const float *a, const float *b) {
+ONE_COPY static float dot_in_vectors(int64_t d, const float *a, const float *b) {
     return dot(d, a, b);
 }
 
@@ -222,7 +228,7 @@ static void block_statistics(const fmoe_router_args *args, int64_t block, float 
 
 // Two groups' statistics make those of both (Chan, Golub and LeVeque 1979). Blocks are joined in order, whichever
 // thread summed them.
-static void join_blocks(const fmoe_router_args *args, scratch s, int64_t h) {
+ONE_COPY static void join_blocks(const fmoe_router_args *args, scratch s, int64_t h) {
     double mean = 0, squares = 0;
     for (int64_t block = 0; block < num_blocks(args->T); block++) {
         double before = (double)(block * STATISTICS_ROWS);
@@ -338,18 +344,22 @@ static fmoe_status run_tiles(const void *arguments, void *workspace, size_t byte
 
 // [fold]
 // gate' = gate · scale and bias = −Σ mean · gate', so that x̂ · gateᵀ = x · gate'ᵀ + bias, for any x.
+ONE_COPY static double fold_row(int64_t d, norm s, const float *row, float *out) {
+    double bias = 0;
+    for (int64_t h = 0; h < d; h++) {
+        out[h] = row[h] * s.scale[h];
+        bias -= ((double)s.center[h] + s.rest[h]) * out[h];
+    }
+    return bias;
+}
+
 static void fold(const fmoe_router_args *args, norm s, bool fold_mean, float *gate, float *bias) {
     int64_t d = args->d;
 #pragma omp parallel for schedule(static)
     for (int64_t key = 0; key < 2 * args->n; key++) {
         float *out = gate + key * d;
-        const float *row = load_row(args->dtype, args->gate, key, d, out);
-        double sum = 0;
-        for (int64_t h = 0; h < d; h++) {
-            out[h] = row[h] * s.scale[h];
-            sum += ((double)s.center[h] + s.rest[h]) * out[h];
-        }
-        bias[key] = fold_mean ? (float)-sum : 0;
+        double sum = fold_row(d, s, load_row(args->dtype, args->gate, key, d, out), out);
+        bias[key] = fold_mean ? (float)sum : 0;
     }
 }
 
@@ -430,6 +440,26 @@ static void log_softmax_row(int64_t n, const float *z, float *log_probs) {
 }
 // [/log-softmax]
 
+static void log_softmax_rows(const fmoe_router_args *args, int64_t first, int64_t count) {
+    for (int64_t side = 0; side < 2; side++)
+        for (int64_t t = first; t < first + count; t++)
+            log_softmax_row(args->n, logits_row(args, side, t), args->log_probs + (side * args->T + t) * args->n);
+}
+
+// A gate row is converted once and meets every token; the keys are shared out, there being no tokens to share.
+static void project_few(const fmoe_router_args *args, scratch s) {
+    int64_t T = args->T, d = args->d, n = args->n;
+    for (int64_t t = 0; t < T; t++)
+        normalise_row(args, s.norm, t, s.x_hat + t * d);
+#pragma omp parallel for schedule(static)
+    for (int64_t key = 0; key < 2 * n; key++) {
+        const float *gate = load_row(args->dtype, args->gate, key, d, s.rows + omp_get_thread_num() * 4 * d);
+        for (int64_t t = 0; t < T; t++)
+            logits_row(args, key / n, t)[key % n] = dot_in_vectors(d, s.x_hat + t * d, gate);
+    }
+    log_softmax_rows(args, 0, T);
+}
+
 typedef struct {
     scratch shared;
     char *threads;     // a part for each thread
@@ -443,9 +473,13 @@ static blocks carve_blocks(const fmoe_router_args *args, char *workspace, size_t
     int64_t threads = omp_get_max_threads(), share = (args->T + threads - 1) / threads;
     size_t row = (size_t)args->d * sizeof(float);
     carve_statistics(args, &b.shared, workspace, used);
+    if (args->T <= FEW_TOKENS) {
+        b.shared.x_hat = carve(workspace, used, row * (size_t)args->T);
+        return b;
+    }
     b.shared.gate = carve(workspace, used, row * 2 * (size_t)args->n);
     b.shared.bias = carve(workspace, used, 2 * (size_t)args->n * sizeof(float));
-    b.tokens = share < 1 ? 1 : smaller(BLOCK_TOKENS, share);
+    b.tokens = smaller(BLOCK_TOKENS, share);
     b.gemm_bytes = (gemm_serial_workspace(b.tokens, 2 * args->n, args->d) + 255) / 256 * 256;
     b.a_thread = b.gemm_bytes + (row * (size_t)b.tokens + 255) / 256 * 256;
     b.threads = carve(workspace, used, b.a_thread * (size_t)threads);
@@ -469,9 +503,7 @@ static fmoe_status project_block(const fmoe_router_args *args, const blocks *b, 
     gemm_operand gate = rows_of(args, FMOE_F32, b->shared.gate);
     target to = {args, b->shared.bias, first};
     fmoe_status status = gemm_serial(count, 2 * n, d, &x, &gate, store_logits, &to, mine, b->gemm_bytes);
-    for (int64_t side = 0; side < 2; side++)
-        for (int64_t t = first; t < first + count; t++)
-            log_softmax_row(n, logits_row(args, side, t), args->log_probs + (side * args->T + t) * n);
+    log_softmax_rows(args, first, count);
     return status;
 }
 
@@ -484,6 +516,10 @@ fmoe_status cpu_router_best(const void *arguments, void *workspace, size_t bytes
     if (status != FMOE_OK || args->T == 0)
         return status;
     statistics_by_rows(args, b.shared);
+    if (args->T <= FEW_TOKENS) {
+        project_few(args, b.shared);
+        return FMOE_OK;
+    }
     bool fold_mean = mean_folds(args, b.shared.norm);
     fold(args, b.shared.norm, fold_mean, b.shared.gate, b.shared.bias);
 #pragma omp parallel for schedule(dynamic)
