@@ -349,7 +349,7 @@ void show_floor(void) {
     printf("  multiply  %.3g GFLOP at %.3g GFLOP/s %46.3f ms\n", 2e-9 * pairs * (double)c.d, m->fma_gflops, multiply);
     printf("  the largest of the three, twice: %.3f ms by this strategy\n", 2 * fmax(gather, fmax(stream, multiply)));
     fmoe_work work = fmoe_step_expert.work(&p, m);
-    printf("  the cheapest strategy's floor, as chapters 1 and 5 print it: %.3f ms (%s)\n", work.floor_ms,
+    printf("  the floor that chapters 1 and 5 print is the cheapest strategy's: %.3f ms\n  (%s)\n", work.floor_ms,
            work.floor_why);
     fmoe_problem_free(&p);
 }
