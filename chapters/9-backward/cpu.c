@@ -737,7 +737,6 @@ static gemm_operand by_columns(fmoe_dtype dtype, const void *data, int64_t colum
     return (gemm_operand){.dtype = dtype, .data = data, .row_stride = 1, .depth_stride = columns};
 }
 
-// [epilogues]
 /* First product: p and q of the same tile, side by side, where dp and dq will be; and h. */
 static void keep_pre_activations(void *context, int64_t row, int64_t column, int64_t rows, int64_t columns,
                                  const float (*values)[GEMM_NR]) {
@@ -753,6 +752,7 @@ static void keep_pre_activations(void *context, int64_t row, int64_t column, int
     }
 }
 
+// [differentiate]
 /* Second product: a tile of dh turns p and q into their gradients on the spot. */
 static void differentiate(void *context, int64_t row, int64_t column, int64_t rows, int64_t columns,
                           const float (*values)[GEMM_NR]) {
@@ -767,6 +767,7 @@ static void differentiate(void *context, int64_t row, int64_t column, int64_t ro
         }
     }
 }
+// [/differentiate]
 
 /* Adds a tile to float32 sums, and stores the result in any type. */
 typedef struct {
@@ -786,7 +787,6 @@ static void add_and_store(void *context, int64_t row, int64_t column, int64_t ro
                       (char *)at->target.data + place * (int64_t)fmoe_dtype_size(at->target.dtype));
     }
 }
-// [/epilogues]
 
 static size_t mlp_gemm_workspace(int64_t T, int64_t d, int64_t I) {
     size_t wide = larger(gemm_workspace(T, I, d), gemm_workspace(T, d, I));
