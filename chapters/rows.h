@@ -1,29 +1,32 @@
-/* Rows by vectors of 16 floats, one cache line: what the expert rungs are made of once `omp simd` is not enough.
+/* Rows by vectors: what the expert rungs are made of once `omp simd` is not enough.
  *
- * gcc and clang lower these vectors to whatever the machine has (one register with AVX-512, two with AVX2, four with
- * NEON). Every function sums in an order that depends on d alone, never on who calls it, so a dot product has the same
- * bits in whichever thread and whichever group of rows it is computed. */
+ * gcc and clang turn these vectors into registers: 16 floats with AVX-512, 8 with AVX2, two of 4 elsewhere. Every
+ * function sums in an order that depends on d alone, never on who calls it, so a dot product has the same bits in
+ * whichever thread and whichever group of rows it is computed. */
 #ifndef FMOE_ROWS_H
 #define FMOE_ROWS_H
 
 #include <stdint.h>
 #include <string.h>
 
+/* Eight sums, a row and a token must fit the registers: 16 of them with AVX2, 32 with AVX-512. */
+#ifdef __AVX512F__
 enum { LANES = 16, ROWS = 8 };
-typedef float lanes __attribute__((vector_size(64)));
-typedef float half_lanes __attribute__((vector_size(32)));
-typedef float quarter_lanes __attribute__((vector_size(16)));
+#else
+enum { LANES = 8, ROWS = 8 };
+#endif
+typedef float lanes __attribute__((vector_size(LANES * 4)));
+typedef float four __attribute__((vector_size(16)));
 
-/* A tree: 16 sums, then 8, 4, 2, 1. */
+/* A tree: of 16 lanes (or 8) make 8, 4, 2, 1. */
 // [tree]
 static inline float sum_lanes(const lanes *sums) {
-    half_lanes half[2];
-    memcpy(half, sums, sizeof half);
-    half[0] += half[1];
-    quarter_lanes quarter[2];
-    memcpy(quarter, half, sizeof quarter);
-    quarter[0] += quarter[1];
-    return (quarter[0][0] + quarter[0][1]) + (quarter[0][2] + quarter[0][3]);
+    four part[LANES / 4];
+    memcpy(part, sums, sizeof part);
+    for (int n = LANES / 8; n > 0; n /= 2)
+        for (int j = 0; j < n; j++)
+            part[j] += part[j + n];
+    return (part[0][0] + part[0][1]) + (part[0][2] + part[0][3]);
 }
 // [/tree]
 

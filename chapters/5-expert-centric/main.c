@@ -3,9 +3,13 @@
 
 #include <stdlib.h>
 
-static const char *const cases[] = {"T1024-d256-N16384-K64-normal-f32",  "T1024-d256-N16384-K64-uniform-f32",
-                                    "T1024-d256-N16384-K64-trained-f32", "T1024-d256-N16384-K64-hot-f32",
-                                    "T8192-d256-N1024-K2-hot-f32",       NULL};
+static const char *const cases[] = {"T1024-d256-N16384-K64-normal-f32",
+                                    "T1024-d256-N16384-K64-uniform-f32",
+                                    "T1024-d256-N16384-K64-trained-f32",
+                                    "T1024-d256-N16384-K64-hot-f32",
+                                    "T1024-d256-N16384-K512-uniform-f32",
+                                    "T8192-d256-N1024-K2-hot-f32",
+                                    NULL};
 static const char *const quick_cases[] = {"T1024-d256-N16384-K64-normal-f32", "T1024-d256-N16384-K64-trained-f32",
                                           "T8192-d256-N1024-K2-hot-f32", NULL};
 
