@@ -31,7 +31,8 @@ static const struct {
     {&fmoe_step_expert, chapter1_rungs, {"T29-d19-N50-K6-uniform-f32", "T29-d19-N49-K6-normal-bf16"}},
     {&fmoe_step_router, chapter2_rungs, {"T29-d19-n7-f32", "T29-d19-n7-bf16-train", "T131-d67-n7-f32-train"}},
     {&fmoe_step_topk, chapter3_rungs, {"T29-n7-K6-normal-f32", "T29-n13-K40-normal-bf16-norm"}},
-    {&fmoe_step_schedule, chapter4_rungs, {"T29-N50-K6-uniform", "T301-N5000-K6-hot"}},
+    /* More than 2^14 pairs, or its rungs stay on one thread; more than 2^16 make two chunks. */
+    {&fmoe_step_schedule, chapter4_rungs, {"T3001-N5000-K6-hot", "T9001-N5000-K8-uniform"}},
     {&fmoe_step_expert, chapter5_rungs, {"T29-d19-N50-K6-hot-f32", "T129-d70-N49-K6-normal-bf16"}},
     {&fmoe_step_mlp, chapter6_rungs, {"T29-d19-I23-f32", "T70-d67-I101-bf16", "T1-d19-I23-f32"}},
     {&fmoe_step_expert, chapter7_rungs, {"T29-d19-N49-K6-normal-f32", "T29-d19-N50-K40-uniform-bf16"}},
