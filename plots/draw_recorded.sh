@@ -12,7 +12,7 @@ draw() { # script, CSV, SVG, title
 for n in 0 1 2 3 4 5 6 7 8 9; do
     csv=$(find plots/data/"${1:-}" -name "chapter$n.csv" | sort | head -n 1)
     [ -n "$csv" ] || continue
-    title=$(sed -n '1s/^#* *//p' chapters/$n-*/README.md)
+    title=$(sed -n '1s/^#* *//p' chapters/$n-*/README.md 2>/dev/null || echo "Chapter $n")
     [ $n = 0 ] || draw ladder "$csv" "plots/chapter$n.svg" "$title"
     case $n in
     0) draw gather "$csv" plots/chapter0-gather.svg "$title" ;;
