@@ -25,7 +25,7 @@ if (svg eq '') {
     set terminal dumb 100, 20
     set ylabel 'GB/s'
 } else {
-    set terminal svg size 760, 420 font 'Helvetica,13' background rgb 'white'
+    set terminal svg noenhanced size 760, 420 font 'Helvetica,13' background rgb 'white'
     set output svg
     set ylabel 'GB/s, all threads'
     set grid lc rgb '#dddddd'

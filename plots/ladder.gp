@@ -54,7 +54,7 @@ set title title
 
 if (svg eq '') {
     # A bar is a text here: as many signs as its length.
-    set terminal dumb 118, lines + 7
+    set terminal dumb noenhanced 118, lines + 7
     set yrange [-lines - 1:0]
     set tmargin 2
     set bmargin 3
@@ -71,7 +71,7 @@ if (svg eq '') {
     exit
 }
 
-set terminal svg size 900, (CUDA_max > 0 ? 125 : 100) + 22 * lines font 'Helvetica,13' background rgb 'white'
+set terminal svg noenhanced size 900, (CUDA_max > 0 ? 125 : 100) + 22 * lines font 'Helvetica,13' background rgb 'white'
 set output svg
 set yrange [-lines - 0.7:0]
 set xlabel 'median time, ms, on a logarithmic scale; a black mark is the floor'
