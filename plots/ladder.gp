@@ -49,8 +49,8 @@ set lmargin LABEL_max + 3
 set border 1
 set xtics nomirror format '%g'
 unset mxtics
-set ytics scale 0 nomirror
-set title title
+set ytics scale 0 nomirror noenhanced
+set title title noenhanced
 
 if (svg eq '') {
     # A bar is a text here: as many signs as its length.
@@ -71,7 +71,7 @@ if (svg eq '') {
     exit
 }
 
-set terminal svg noenhanced size 900, (CUDA_max > 0 ? 125 : 100) + 22 * lines font 'Helvetica,13' background rgb 'white'
+set terminal svg size 900, (CUDA_max > 0 ? 125 : 100) + 22 * lines font 'Helvetica,13' background rgb 'white'
 set output svg
 set yrange [-lines - 0.7:0]
 set xlabel 'median time, ms, on a logarithmic scale; a black mark is the floor'
@@ -82,6 +82,8 @@ advanced = 0xe69f00
 hopper = 0x7b4ea3
 colour(i) = strcol(6) eq 'cpu' ? cpu : strcol(5) eq 'core' ? core : strcol(5) eq 'advanced' ? advanced : hopper
 set style fill solid 1 noborder
+# Bold needs enhanced text, where an underscore would lower what follows.
+plain(text) = strstrt(text, '_') == 0 ? text : text[1:strstrt(text, '_') - 1].'\\_'.plain(text[strstrt(text, '_') + 1:*])
 key_of(text) = CUDA_max > 0 ? text : ''
 set key outside top center horizontal maxrows 1 samplen 2 width -2
 plot row = 0, last = '', \
@@ -91,7 +93,7 @@ plot row = 0, last = '', \
      row = 0, last = '', \
      csv every ::1 using (floor_ms(0) > 0 ? floor_ms(0) : NaN):(place(0) - 0.36):(0):(0.72) with vectors nohead lc black lw 2 notitle, \
      row = 0, last = '', \
-     csv every ::1 using (low):(header(0)):(group(0)) with labels left font 'Helvetica:Bold,13' offset -LABEL_max - 1, 0 notitle, \
+     csv every ::1 using (low):(header(0)):(plain(group(0))) with labels left font 'Helvetica:Bold,13' offset -LABEL_max - 1, 0 notitle, \
      keyentry with boxes lc rgb cpu title key_of('CPU'), \
      keyentry with boxes lc rgb core title key_of('CUDA core'), \
      keyentry with boxes lc rgb advanced title key_of('CUDA advanced'), \
