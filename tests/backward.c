@@ -680,7 +680,7 @@ static const char *expert_rungs(const int64_t *size, uint64_t seed) {
 SENTENCE(9, 16, "Every rung of expert_backward computes the four gradients: odd sizes, idle experts, hot ones.",
          "an expert with 257 pairs is cut in two, one with none must still be zeroed", "the reference") {
     for_sizes("T d N K type routing", expert_rungs,
-              SIZES({0, 7, 5, 2, 0, 0}, {1, 1, 9, 9, 0, 0}, {1, 1, 9, 9, 2, 2}, {3, 5, 4, 4, 0, 0},
+              SIZES({0, 7, 5, 2, 0, 0}, {1, 4, 9, 9, 0, 0}, {3, 1, 9, 9, 2, 2}, {3, 5, 4, 4, 0, 0},
                     {29, 72, 170, 6, 0, 1}, {29, 72, 170, 6, 1, 1}, {29, 72, 170, 6, 2, 0}, {256, 3, 7, 1, 0, 2},
                     {257, 3, 7, 1, 0, 2}, {257, 17, 7, 2, 2, 2}, {1030, 9, 3, 1, 0, 2}, {40, 16, 600, 3, 0, 0},
                     {600, 33, 2, 2, 1, 0}, {7, 130, 1000, 20, 0, 0}));
@@ -694,7 +694,7 @@ static const char *mlp_rungs(const int64_t *size, uint64_t seed) {
 SENTENCE(9, 17, "Every rung of mlp_backward computes the four gradients.",
          "eight products with operands either way round", "the reference") {
     for_sizes("T d I type", mlp_rungs,
-              SIZES({0, 5, 7, 0}, {1, 1, 17, 0}, {9, 1, 17, 1}, {3, 7, 5, 2}, {13, 40, 33, 0}, {65, 17, 100, 1},
+              SIZES({0, 5, 7, 0}, {1, 4, 17, 0}, {9, 1, 17, 1}, {3, 7, 5, 2}, {13, 40, 33, 0}, {65, 17, 100, 1},
                     {30, 66, 35, 2}, {100, 3, 50, 0}));
 }
 
@@ -711,7 +711,7 @@ static const char *layer_rungs(const int64_t *size, uint64_t seed) {
 SENTENCE(9, 18, "Every rung of layer_forward_backward computes y, the routing, the buffers and seven gradients.",
          "what was kept must be what would be computed again", "the reference, at the rung's own choice") {
     for_sizes("T d I N K type mode", layer_rungs,
-              SIZES({0, 5, 4, 9, 2, 0, 0}, {0, 5, 4, 9, 2, 0, 1}, {1, 1, 9, 9, 9, 0, 0}, {1, 8, 9, 16, 8, 0, 2},
+              SIZES({0, 5, 4, 9, 2, 0, 0}, {0, 5, 4, 9, 2, 0, 1}, {1, 5, 9, 9, 9, 0, 0}, {9, 6, 3, 1, 1, 0, 2},
                     {2, 3, 5, 4, 2, 0, 1}, {29, 72, 50, 170, 6, 0, 3}, {29, 72, 50, 170, 6, 1, 1},
                     {29, 72, 50, 170, 6, 2, 2}, {40, 65, 33, 100, 100, 0, 1}, {300, 20, 17, 26, 5, 0, 0}));
 }
