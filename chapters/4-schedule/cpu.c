@@ -24,7 +24,8 @@ static fmoe_status verdict(const fmoe_schedule_args *a) {
 
 /* ---- Comparison sort --------------------------------------------------------------------------------------------- */
 
-// An expert and a pair in one number, so that one comparison orders by expert and then by pair.
+// An expert and a pair in one number, so that one comparison orders by expert and then by pair. (Inside qsort the C
+// library may allocate; nothing else in a rung does.)
 typedef uint64_t sort_key;
 
 static inline sort_key make_key(uint32_t expert, int64_t pair) {
@@ -150,7 +151,7 @@ static range part_of(int64_t count, int parts, int part) {
 
 // Too few pairs to pay for waking a team.
 static bool worth_threads(const fmoe_schedule_args *a) {
-    return num_pairs(a) + a->N > 1 << 14;
+    return num_pairs(a) > 1 << 14;
 }
 
 static size_t threads_workspace(const void *args) {

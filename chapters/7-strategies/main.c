@@ -8,7 +8,6 @@ static const char *const cases[] = {
     "T1024-d256-N16384-K64-normal-f32",
     "T256-d256-N16384-K1024-normal-f32",
     "T256-d256-N16384-K4096-uniform-f32",
-    "T256-d256-N1024-K512-normal-bf16",
     NULL,
 };
 static const char *const quick_cases[] = {
