@@ -13,7 +13,7 @@ setarch "$(uname -m)" -R true 2>/dev/null && fixed=(setarch "$(uname -m)" -R)
 echo "== address, leak and undefined behaviour"
 flags=(BUILD="$build/asan" CC=gcc OPT= CFLAGS="-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all")
 $make -s -j2 "${flags[@]}" "$build/asan/tests/self/run" "$build/asan/tests/run"
-export ASAN_OPTIONS=detect_leaks=1:detect_stack_use_after_return=1 UBSAN_OPTIONS=print_stacktrace=1
+export ASAN_OPTIONS=detect_leaks=1:detect_stack_use_after_return=1:allocator_may_return_null=1
 export LITERATE_TIMEOUT=300 # all of it is slower here
 planted=$(env -u ONLY -u SIZES CHAPTER=1 "${fixed[@]}" "$build/asan/tests/self/run" 2>/dev/null || true)
 if [ "$(tail -n 1 <<<"$planted")" != "0 passed, 3 failed, 0 skipped" ]; then
