@@ -11,6 +11,7 @@ import csv
 import itertools
 import os
 import re
+import subprocess
 import sys
 import textwrap
 from decimal import Decimal
@@ -129,6 +130,42 @@ def ceilings():
             cells, unit = [digits(ms * 1e3) for ms in times], "µs"
         lines.append(f"| {row['op']} | {row['case'].strip('-')} | {cells[0]} | {cells[1]} | {unit} |")
     put(f"{rows[0]['device']}, {rows[0]['date']} ({link(path)}):\n\n" + "\n".join(lines))
+
+
+def comparison():
+    """What `make compare` recorded: our best rung of each operator beside the students' and the library's."""
+    path = next(iter(sorted(ROOT.glob("plots/data/*/compare.csv"))), None)
+    if not path:
+        put("*Nothing is recorded yet; `make compare` measures it.*")
+        return
+    with open(path, newline="") as file:
+        lines = file.readlines()
+    comments = dict(line[2:].strip().split(": ", 1) for line in lines if line.startswith("# ") and ": " in line)
+    rows = [row for row in csv.DictReader(line for line in lines if not line.startswith("#")) if row["median_ms"]]
+    text = ["| operator | case | who | how | time (ms) | × ours |", "| --- | --- | --- | --- | --: | --: |"]
+    for key, group in itertools.groupby(rows, key=lambda row: (row["op"], row["case"])):
+        group = sorted(group, key=lambda row: number(row["median_ms"]))
+        ours = min(number(row["median_ms"]) for row in group if row["who"] == "flashmoe.c")
+        seen = set()
+        for row in group:
+            if row["who"] in seen and row["who"] == "flashmoe.c":
+                continue
+            seen.add(row["who"])
+            ratio = digits(number(row["median_ms"]) / ours, 2)
+            text.append(
+                f"| {key[0]} | `{key[1]}` | {row['who']} | {row['variant']} | {digits(number(row['median_ms']))} | {ratio} |"
+            )
+    where = f"{comments.get('device', 'unknown')}, {comments.get('date', 'unknown')}, {comments.get('versions', '')}"
+    put("\n".join(text) + f"\n\n{where} ({link(path.relative_to(ROOT))}).")
+
+
+# ---- Make targets ---------------------------------------------------------------------------------------------------
+
+
+def targets():
+    """What `make help` lists."""
+    listed = subprocess.run(["make", "-s", "help"], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
+    put("```\n" + "\n".join("make " + line for line in listed.strip().splitlines()) + "\n```")
 
 
 # ---- Test sentences -------------------------------------------------------------------------------------------------
