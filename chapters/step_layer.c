@@ -232,10 +232,14 @@ static double compare_at_choice(const fmoe_problem *p, char *why) {
         return after_choice(p, y->expected, scores->expected, why);
 
     float *scratch = fmoe_allocate(y->count + scores->count + 2 * a->d, sizeof *scratch);
+    if (!scratch) {
+        snprintf(why, 200, "no memory to compare with");
+        return INFINITY;
+    }
     fmoe_outputs at = {.y = scratch, .scores = scratch + y->count};
-    float *buffers = scratch + y->count + scores->count;
+    float *mean = at.scores + scores->count, *var = mean + a->d;
     double error = INFINITY;
-    if (!scratch || run_reference(p, a->indices, buffers, buffers + a->d, &at) != FMOE_OK)
+    if (run_reference(p, a->indices, mean, var, &at) != FMOE_OK)
         snprintf(why, 200, "the reference at the rung's own indices: %.150s", fmoe_error_message());
     else
         error = after_choice(p, at.y, at.scores, why);

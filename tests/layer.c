@@ -394,7 +394,7 @@ SENTENCE(8, 8, "Without tokens nothing is read or moved; weight gradients become
             expect(status == FMOE_OK, "backward: %s", fmoe_error_message());
             for (int i = 1; i < GRADIENTS; i++)
                 for (int64_t k = 0; k < all.count[i]; k++)
-                    expect(all.g[i][k] == (write ? 7 : 0), "gradient %d holds %g", i, (double)all.g[i][k]);
+                    expect(all.g[i][k] == (write ? 7.0f : 0.0f), "gradient %d holds %g", i, (double)all.g[i][k]);
             free_gradients(&all);
         }
         free_results(&r);
@@ -653,8 +653,8 @@ static const char *scaling(const int64_t *size, uint64_t seed) {
     for (int64_t i = 0; i < count; i++) {
         if (both.y[i] != 2 * r.y[i])
             result = because("y[%lld] = %g, twice it is %g", (long long)i, (double)r.y[i], (double)both.y[i]);
-        double sum = (double)only_up.y[i] + only_down.y[i], size_of = fabs(only_up.y[i]) + fabs(only_down.y[i]);
-        if (fabs(sum - 3.0 * r.y[i]) > 1e-6 * (size_of + fabs(r.y[i])))
+        double sum = (double)only_up.y[i] + only_down.y[i], size_of = fabsf(only_up.y[i]) + fabsf(only_down.y[i]);
+        if (fabs(sum - 3.0 * r.y[i]) > 1e-6 * (size_of + fabsf(r.y[i])))
             result = because("y[%lld]: one branch doubled and the other doubled sum to %g, not 3 · %g", (long long)i,
                              sum, (double)r.y[i]);
     }

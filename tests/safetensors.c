@@ -317,7 +317,7 @@ SENTENCE(8, 28,
     expect_bad_header("{" ENTRY("a", "F32", "[1]", "[0,8]") "}", 8, "tensor a: data_offsets span 8");
     expect_bad_header("{" ENTRY("a", "F32", "[2]", "[0,4]") "}", 4, "tensor a: data_offsets span 4");
     expect_bad_header("{" ENTRY("a", "F32", "[1]", "[4,0]") "}", 4, "tensor a");
-    expect_bad_header("{" ENTRY("a", "F32", "[1]", "[-4,0]") "}", 4, "tensor a");
+    expect_bad_header("{" ENTRY("a", "F32", "[1]", "[-4,0]") "}", 4, "data_offsets [-4, 0] do not lie");
     expect_bad_header("{" ENTRY("a", "F32", "[1]", "[1,5]") "}", 4, "tensor a");
     expect_bad_header("{" ENTRY("a", "F32", "[0]", "[5,5]") "}", 4, "tensor a");
     expect_bad_header("{" ENTRY("a", "F32", "[1]", "[9223372036854775804,9223372036854775807]") "}", 4, "tensor a");
