@@ -68,8 +68,8 @@ static bool measure(strategy s, fmoe_problem *p, double *ms) {
     return ok;
 }
 
-/* "expert 1.3×": the winner and how many times slower the next one was; "(token +8 %)": what the chooser takes, and
- * what that costs, where it is not the winner. */
+/* "expert 1.3": the winner and how many times longer the next one took; "t+8%": the chooser takes token, which is 8 %
+ * slower than the winner. */
 static void print_cell(const double *ms, strategy choice) {
     int best = 0, second = -1;
     for (int s = 1; s < NUM_STRATEGIES; s++)
@@ -82,15 +82,15 @@ static void print_cell(const double *ms, strategy choice) {
     char text[64];
     int length = snprintf(text, sizeof text, "%s %.1f", brief[best], ms[second] / ms[best]);
     if ((int)choice != best)
-        snprintf(text + length, sizeof text - (size_t)length, " (%s +%.0f%%)", brief[choice],
+        snprintf(text + length, sizeof text - (size_t)length, " %c+%.0f%%", *brief[choice],
                  100 * (ms[choice] / ms[best] - 1));
-    printf("  %-22s", text);
+    printf("  %-16s", text);
     fflush(stdout);
 }
 
 /* How far a token's pairs are spread over the grid, counted and as the model guesses. */
 static void print_spread(const char *routing, const int64_t *K, int num_K) {
-    printf("  rows a token ");
+    printf("  rows, guess  ");
     for (int k = 0; k < num_K; k++) {
         char name[96];
         fmoe_case c;
@@ -103,9 +103,9 @@ static void print_spread(const char *routing, const int64_t *K, int num_K) {
         row_counts counts;
         char text[64] = "";
         if (workspace && count_rows(p.args, workspace, &counts) == FMOE_OK)
-            snprintf(text, sizeof text, "%.1f of %d, model %.1f", (double)counts.groups / (double)c.T,
-                     (int)fmoe_num_keys(MAP_N), strategy_rows_a_token(p.args));
-        printf("  %-22s", text);
+            snprintf(text, sizeof text, "%.1f (%.1f)", (double)counts.groups / (double)c.T,
+                     strategy_rows_a_token(p.args));
+        printf("  %-16s", text);
         free(workspace);
         fmoe_problem_free(&p);
     }
@@ -138,7 +138,7 @@ static bool map_routing(const char *routing) {
     int num_K = fmoe_opt.quick ? COUNT(quick_chosen) : COUNT(chosen);
     printf("\n  %-8s K/N = ", routing);
     for (int k = 0; k < num_K; k++)
-        printf(k ? "  1/%-20lld" : "1/%-20lld", (long long)(MAP_N / K[k]));
+        printf(k ? "  1/%-14lld" : "1/%-14lld", (long long)(MAP_N / K[k]));
     printf("\n");
     for (int t = 0; t < num_T; t++) {
         printf("  T %10lld ", (long long)T[t]);
@@ -152,9 +152,10 @@ static bool map_routing(const char *routing) {
 }
 
 static int crossover_map(void) {
-    printf("\nCrossover map, d %d, N %d, f32: the fastest strategy and how many times longer the second takes;\n"
-           "in brackets what the chooser would have taken, where it differs, and what that costs.\n",
-           MAP_D, MAP_N);
+    printf("\nCrossover map, d %d, N %d, f32: the fastest strategy and how many times longer the second takes.\n"
+           "d+8%%: the chooser takes dense there, and it is 8 %% slower. Below each map, in how many of the %d grid\n"
+           "rows a token's experts lie, and in brackets the chooser's guess.\n",
+           MAP_D, MAP_N, (int)fmoe_num_keys(MAP_N));
     for (int r = 0; r < (fmoe_opt.quick ? 2 : COUNT(routings)); r++)
         if (!map_routing(routings[r]))
             return 1;
