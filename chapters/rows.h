@@ -18,6 +18,11 @@ enum { LANES = 8, ROWS = 8 };
 typedef float lanes __attribute__((vector_size(LANES * 4)));
 typedef float four __attribute__((vector_size(16)));
 
+/* Rows of a workspace take whole cache lines, 16 elements of 4 bytes, so that no two threads write to the same one. */
+static inline size_t padded(int64_t elements) {
+    return ((size_t)elements + 15) / 16 * 16;
+}
+
 /* A tree: of 16 lanes (or 8) make 8, 4, 2, 1. */
 // [tree]
 static inline float sum_lanes(const lanes *sums) {

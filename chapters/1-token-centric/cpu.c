@@ -52,11 +52,6 @@ typedef struct {
     float *buffer[ROWS]; /* [d] each; written for 16-bit storage only */
 } scratch;
 
-/* Whole cache lines, so that no two threads write to the same one. */
-static size_t padded(int64_t floats) {
-    return ((size_t)floats + LANES - 1) / LANES * LANES;
-}
-
 static size_t scratch_floats(const fmoe_expert_args *a) {
     return padded(a->K) + (2 + ROWS) * padded(a->d);
 }

@@ -28,11 +28,6 @@ typedef struct {
     size_t bytes;
 } plan;
 
-/* Whole cache lines, so that no two threads write to the same one. */
-static size_t padded(int64_t count) {
-    return ((size_t)count + LANES - 1) / LANES * LANES;
-}
-
 /* As many columns as let a slice of y stay in a second-level cache beside what streams past: 512 KB of floats. */
 static int64_t slice_width(const fmoe_expert_args *a) {
     int64_t width = (1 << 17) / (a->T + 1) / LANES * LANES;
@@ -49,20 +44,24 @@ static int slice_threads(const fmoe_expert_args *a) {
     return slices < omp_get_max_threads() ? (int)slices : omp_get_max_threads();
 }
 
+/* The next `count` elements of 4 bytes; NULL while only the size is asked for. */
+static void *take(void *workspace, size_t *used, size_t count) {
+    void *at = workspace ? (char *)workspace + *used : NULL;
+    *used += count * 4;
+    return at;
+}
+
 /* The one place that knows what lies where; workspace may be NULL to ask for the size alone. */
 static plan lay_out(const fmoe_expert_args *a, void *workspace, bool tiles) {
     plan p = {.width = slice_width(a), .x = a->x};
-    int32_t *at = workspace;
-    size_t used = 0;
-    p.offsets = at + used, used += padded(a->N + 1);
-    p.pairs = at + used, used += padded(a->T * a->K);
-    p.activation = (float *)(at + used), used += padded(a->T * a->K);
+    p.offsets = take(workspace, &p.bytes, padded(a->N + 1));
+    p.pairs = take(workspace, &p.bytes, padded(a->T * a->K));
+    p.activation = take(workspace, &p.bytes, padded(a->T * a->K));
     if (a->dtype != FMOE_F32)
-        p.x = (float *)(at + used), used += padded(a->T * a->d);
-    p.scratch = (float *)(at + used), used += (size_t)omp_get_max_threads() * (1 + ROWS) * padded(a->d);
+        p.x = take(workspace, &p.bytes, padded(a->T * a->d));
+    p.scratch = take(workspace, &p.bytes, (size_t)omp_get_max_threads() * (1 + ROWS) * padded(a->d));
     if (tiles)
-        p.tile = (float *)(at + used), used += (size_t)slice_threads(a) * (size_t)(a->T * p.width);
-    p.bytes = used * 4;
+        p.tile = take(workspace, &p.bytes, (size_t)slice_threads(a) * (size_t)(a->T * p.width));
     return p;
 }
 
