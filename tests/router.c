@@ -278,7 +278,8 @@ static const char *shift_changes_nothing(const int64_t *size, uint64_t seed) {
     float *log_p OWNED = floats(rows * n), *log_q OWNED = floats(rows * n);
     for (int64_t i = 0; i < rows * n; i++) {
         z[i] = (float)(fmoe_random_bits(seed, 0, (uint64_t)i) % 64) / 8;
-        shifted[i] = z[i] + 1000 * (float)(1 + i / n); /* exact: eighths below 2^20 */
+        int64_t row = i / n;
+        shifted[i] = z[i] + 1000 * (float)(1 + row); /* exact: eighths below 2^20 */
     }
     if (fmoe_log_softmax(rows, n, z, log_p) != FMOE_OK || fmoe_log_softmax(rows, n, shifted, log_q) != FMOE_OK)
         return because("%s", fmoe_error_message());

@@ -535,7 +535,8 @@ static const char *shifted_sides(const int64_t *size, uint64_t seed) {
     float *logits OWNED = whole_numbers(seed, 4096, 2 * T * n), *shifted OWNED = floats(2 * T * n);
     for (int64_t i = 0; i < 2 * T * n; i++) {
         logits[i] /= 512;
-        shifted[i] = logits[i] + (float)(i / n * 3 - 40); /* exact */
+        int64_t row = i / n;
+        shifted[i] = logits[i] + (float)(row * 3 - 40); /* exact */
     }
     choice c OWNED_CHOICE = no_choice(T * K), d OWNED_CHOICE = no_choice(T * K);
     if (!choose(T, n, K, false, logits, c) || !choose(T, n, K, false, shifted, d))
