@@ -36,7 +36,10 @@ static const struct {
     {&fmoe_step_expert, chapter5_rungs, {"T29-d19-N50-K6-hot-f32", "T129-d70-N49-K6-normal-bf16"}},
     {&fmoe_step_mlp, chapter6_rungs, {"T29-d19-I23-f32", "T70-d67-I101-bf16", "T1-d19-I23-f32"}},
     {&fmoe_step_expert, chapter7_rungs, {"T29-d19-N49-K6-normal-f32", "T29-d19-N50-K40-uniform-bf16"}},
-    {&fmoe_step_layer, chapter8_rungs, {"T29-d19-I23-N50-K6-normal-f32-train", "T29-d19-I23-N50-K6-normal-bf16-norm"}},
+    /* Three blocks of tokens, in either mode, and few enough to decode. */
+    {&fmoe_step_layer,
+     chapter8_rungs,
+     {"T131-d19-I23-N50-K6-normal-f32-train", "T131-d19-I23-N50-K6-normal-bf16-norm", "T3-d19-I23-N50-K6-normal-f32"}},
     {&fmoe_step_topk_backward, chapter9_topk_rungs, {"T29-n7-K6-normal-f32", "T29-n7-K6-normal-bf16-norm"}},
     {&fmoe_step_expert_backward, chapter9_expert_rungs, {"T29-d19-N50-K6-hot-f32", "T29-d19-N49-K6-normal-bf16"}},
     {&fmoe_step_mlp_backward, chapter9_mlp_rungs, {"T29-d19-I23-f32", "T29-d19-I23-bf16"}},
