@@ -370,20 +370,38 @@ static void best_of_all(int64_t n, int64_t K, const float *x, const float *y, fl
     }
 }
 
+/* How many experts are chosen at all, and by how many tokens the busiest. tokens [n²] is for counting. */
+static void count_experts(int64_t pairs, const int32_t *indices, int64_t experts, int32_t *tokens, int64_t *used,
+                          int64_t *busiest) {
+    memset(tokens, 0, (size_t)experts * sizeof *tokens);
+    *used = *busiest = 0;
+    for (int64_t i = 0; i < pairs; i++) {
+        int32_t count = ++tokens[indices[i]];
+        *used += count == 1;
+        *busiest = count > *busiest ? count : *busiest;
+    }
+}
+
 static fmoe_status compare_topk(golden_report *report, int64_t T, int64_t n, int64_t K, const float *logits) {
-    int32_t *indices = fmoe_allocate(2 * T * K, sizeof *indices), *all = indices + T * K;
+    int32_t *indices = fmoe_allocate(T * K, sizeof *indices), *all = fmoe_allocate(T * K, sizeof *all);
+    int32_t *tokens = fmoe_allocate(n * n, sizeof *tokens);
     float *sums = fmoe_allocate(T * K, sizeof *sums);
-    fmoe_status status =
-        indices && sums ? fmoe_topk(T, n, K, false, logits, indices, NULL, NULL) : fmoe_no_memory(3 * T * K, 4);
+    fmoe_status status = indices && all && tokens && sums ? fmoe_topk(T, n, K, false, logits, indices, NULL, NULL)
+                                                          : fmoe_no_memory(3 * T * K + n * n, sizeof *sums);
     if (status == FMOE_OK) {
 #pragma omp parallel for
         for (int64_t t = 0; t < T; t++)
             best_of_all(n, K, logits + t * n, logits + (T + t) * n, sums + t * K, all + t * K);
-        int64_t token = fmoe_compare_indices(T, n, K, logits, indices, all);
+        int64_t token = fmoe_compare_indices(T, n, K, logits, indices, all), used, busiest;
+        count_experts(T * K, indices, n * n, tokens, &used, &busiest);
         golden_line *line = add_line(report, "indices", 2, (int64_t[]){T, K}, token < 0 ? 0 : INFINITY, 0);
-        snprintf(line->note, sizeof line->note, "the reference's top-k against all n² pairs");
+        snprintf(line->note, sizeof line->note,
+                 "top-k against all n² pairs; %lld of %lld experts chosen, the busiest by %lld tokens", (long long)used,
+                 (long long)(n * n), (long long)busiest);
     }
     free(indices);
+    free(all);
+    free(tokens);
     free(sums);
     return status;
 }

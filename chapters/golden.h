@@ -15,7 +15,7 @@ typedef struct {
     char name[64], shape[64];
     double error, limit;
     bool ok;
-    char note[96]; /* what the error is, where it is not the usual one; or "" */
+    char note[128]; /* what the error is, where it is not the usual one; or "" */
 } golden_line;
 
 typedef struct {

@@ -188,6 +188,8 @@ SENTENCE(8, 2, "The experts chosen are those of the golden files, and of a scan 
     fmoe_status status = golden_check("tests/golden/trained_logits_16384_layer0.safetensors", &report);
     expect(status == FMOE_OK, "%s", fmoe_error_message());
     expect(report.num_lines == 1 && golden_passed(&report), "trained logits: %s", report.lines[0].note);
+    expect(strstr(report.lines[0].note, "7080 of 16384 experts chosen, the busiest by 828 tokens") != NULL,
+           "trained logits: %s", report.lines[0].note);
 }
 
 SENTENCE(8, 3, "The running buffers move in training as in the golden files.",
