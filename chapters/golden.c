@@ -384,20 +384,21 @@ static void count_experts(int64_t pairs, const int32_t *indices, int64_t experts
 
 static fmoe_status compare_topk(golden_report *report, int64_t T, int64_t n, int64_t K, const float *logits) {
     int32_t *indices = fmoe_allocate(T * K, sizeof *indices), *all = fmoe_allocate(T * K, sizeof *all);
-    int32_t *tokens = fmoe_allocate(n * n, sizeof *tokens);
+    int64_t experts = n * n;
+    int32_t *tokens = fmoe_allocate(experts, sizeof *tokens);
     float *sums = fmoe_allocate(T * K, sizeof *sums);
     fmoe_status status = indices && all && tokens && sums ? fmoe_topk(T, n, K, false, logits, indices, NULL, NULL)
-                                                          : fmoe_no_memory(3 * T * K + n * n, sizeof *sums);
+                                                          : fmoe_no_memory(3 * T * K + experts, sizeof *sums);
     if (status == FMOE_OK) {
 #pragma omp parallel for
         for (int64_t t = 0; t < T; t++)
             best_of_all(n, K, logits + t * n, logits + (T + t) * n, sums + t * K, all + t * K);
         int64_t token = fmoe_compare_indices(T, n, K, logits, indices, all), used, busiest;
-        count_experts(T * K, indices, n * n, tokens, &used, &busiest);
+        count_experts(T * K, indices, experts, tokens, &used, &busiest);
         golden_line *line = add_line(report, "indices", 2, (int64_t[]){T, K}, token < 0 ? 0 : INFINITY, 0);
         snprintf(line->note, sizeof line->note,
                  "top-k against all n² pairs; %lld of %lld experts chosen, the busiest by %lld tokens", (long long)used,
-                 (long long)(n * n), (long long)busiest);
+                 (long long)experts, (long long)busiest);
     }
     free(indices);
     free(all);
