@@ -12,9 +12,9 @@ enum {
     FEW_TOKENS = 8,       // up to so many, packing the gate for tiles costs more than it saves
 };
 
-// For functions called in a parallel loop whose sums may be fused. Inlined and unrolled, a loop's body exists twice,
-// for the bulk and for the rest; gcc may fuse multiply-adds in one and not in the other, and which of the two a row
-// meets depends on where its thread's share begins.
+// For sums inside a parallel loop. Where they are inlined the compiler may split or unroll that loop into several
+// copies and fuse the multiply-adds of one copy otherwise than those of the next; which copy a row meets would then
+// depend on where its thread's share begins.
 #define ONE_COPY __attribute__((noinline))
 
 static int64_t smaller(int64_t a, int64_t b) {
