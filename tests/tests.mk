@@ -32,7 +32,7 @@ FOLDERS = ref_cpu chapters chapters/* tests tests/* cuda cuda/*
 C_FILES = $(filter-out tests/self/%,$(wildcard $(FOLDERS:%=%/*.c)))
 FORMATTED = $(wildcard $(FOLDERS:%=%/*.c) $(FOLDERS:%=%/*.h) $(FOLDERS:%=%/*.cu) $(FOLDERS:%=%/*.cuh))
 TEXTS = $(wildcard *.md */README.md */*/README.md)
-COG = .venv/bin/cog -r -I plots -p "from prose import *" --verbosity=1
+COG = PYTHONDONTWRITEBYTECODE=1 .venv/bin/cog -I plots -p "from prose import *" --verbosity=1
 
 check: check-format check-cppcheck check-tidy check-suite check-prose check-links ## format, linters, texts
 
@@ -78,13 +78,16 @@ check-suite: $(BUILD)/tests/self/run
 .venv/bin/cog:
 	@echo "no $@: run make setup"; exit 1
 
+# Both first have to refuse a text that is wrong on purpose.
 check-prose: .venv/bin/cog
+	@! $(COG) --check tests/self/stale.md >/dev/null 2>&1
 	@$(COG) --check --diff --check-fail-msg="run make prose" $(TEXTS)
 	@echo "ok  prose: $(words $(TEXTS)) texts quote what is there"
 
 check-links:
+	@! python3 plots/prose.py tests/self/stale.md >/dev/null
 	@python3 plots/prose.py $(TEXTS)
 	@echo "ok  links: every file that a text links to is there"
 
 prose: .venv/bin/cog ## put code, recorded figures and sentences into the texts again
-	@$(COG) $(TEXTS)
+	@$(COG) -r $(TEXTS)
