@@ -22,8 +22,8 @@ static bool run_script(const fmoe_chapter *chapter, const char *script, const ch
         snprintf(ops + used, sizeof ops - used, "%s%s", used ? " " : "", ladder->step->op);
     }
     snprintf(command, sizeof command,
-             "gnuplot -e \"csv='%s'; svg='%s'; ops='%s'; title='Chapter %d: %s'\" plots/%s 2>&1", csv, svg, ops,
-             chapter->number, chapter->title, script);
+             "LC_ALL=C.UTF-8 gnuplot -e \"csv='%s'; svg='%s'; ops='%s'; title='Chapter %d: %s'\" plots/%s 2>&1", csv,
+             svg, ops, chapter->number, chapter->title, script);
     return system(command) == 0;
 }
 

@@ -5,7 +5,7 @@
 set -eu
 
 draw() { # script, CSV, SVG, title
-    gnuplot -e "csv='$2'; svg='$3'; title='$4'" "plots/$1.gp"
+    LC_ALL=C.UTF-8 gnuplot -e "csv='$2'; svg='$3'; title='$4'" "plots/$1.gp"
     echo "$3 from $2"
 }
 
