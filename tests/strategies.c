@@ -225,14 +225,14 @@ static double rows_a_token(const char *name, double *model) {
 SENTENCE(7, 7, "64 experts of a router's choice lie in about 18 of the 128 rows, 64 drawn uniformly in about 50.",
          "pairs that share a good key cluster, and Cartesian rows lives on it",
          "n · (1 − (1 − 1/n)^K) for uniform draws; a count for the router's; the model of either") {
-    double model, uniform = rows_a_token("T200-d1-N16384-K64-uniform-f32", &model);
+    double model, uniform = rows_a_token("T1000-d1-N16384-K64-uniform-f32", &model);
     double exact = 128 * (1 - pow(1 - 1.0 / 128, 64));
     expect(fabs(uniform - exact) < 1, "uniform: %.1f rows, expected are %.1f", uniform, exact);
     expect(fabs(model - exact) < 1, "uniform: the model says %.1f rows, expected are %.1f", model, exact);
-    double normal = rows_a_token("T200-d1-N16384-K64-normal-f32", &model);
+    double normal = rows_a_token("T2000-d1-N16384-K64-normal-f32", &model);
     expect(fabs(normal - 18) < 1.5, "normal: %.1f rows", normal);
     expect(fabs(model / normal - 1) < 0.15, "normal: the model says %.1f rows, there are %.1f", model, normal);
-    normal = rows_a_token("T100-d1-N1024-K256-normal-f32", &model);
+    normal = rows_a_token("T1000-d1-N1024-K256-normal-f32", &model);
     expect(fabs(model / normal - 1) < 0.15, "N 1024, K 256: the model says %.1f rows, there are %.1f", model, normal);
 }
 
