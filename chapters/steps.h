@@ -155,4 +155,10 @@ fmoe_rung_fn cpu_router_best, cpu_topk_best, cpu_schedule_best, cpu_expert_token
 fmoe_workspace_fn cpu_router_best_workspace, cpu_topk_best_workspace, cpu_schedule_best_workspace,
     cpu_expert_token_best_workspace, cpu_expert_scheduled_best_workspace, cpu_mlp_best_workspace;
 
+/* What three of them are made of: they store y in a type of its own. The layer asks for float32, adds its two branches
+ * and rounds once. The workspaces are the rungs'. */
+fmoe_status cpu_expert_token_into(const fmoe_expert_args *args, fmoe_dtype y_dtype, void *workspace);
+fmoe_status cpu_expert_scheduled_into(const fmoe_expert_args *args, fmoe_dtype y_dtype, void *workspace);
+fmoe_status cpu_mlp_into(const fmoe_mlp_args *args, fmoe_dtype y_dtype, void *workspace, size_t workspace_bytes);
+
 #endif

@@ -119,6 +119,7 @@ static size_t gathered_workspace(const void *args) {
 /* ---- Rows where they lie ----------------------------------------------------------------------------------------- */
 
 // [rows]
+/* One token's output, left in s.sum. */
 static void token_rows(const fmoe_expert_args *a, int64_t t, scratch s) {
     const int32_t *expert = a->indices + t * a->K;
     const float *weight = a->weights + t * a->K;
@@ -128,15 +129,17 @@ static void token_rows(const fmoe_expert_args *a, int64_t t, scratch s) {
     memset(s.sum, 0, (size_t)a->d * sizeof(float));
     for (int64_t k = 0; k < a->K; k++)
         add_scaled(a->d, s.activation[k], load_row(a->dtype, a->up, expert[k], a->d, s.buffer[0]), s.sum);
-    store_row(a->dtype, a->y, t, a->d, s.sum);
 }
 // [/rows]
 
 static fmoe_status rows(const void *args, void *workspace, size_t workspace_bytes, void *stream) {
     const fmoe_expert_args *a = args;
+    scratch s = scratch_at(a, workspace);
     (void)workspace_bytes, (void)stream;
-    for (int64_t t = 0; t < a->T; t++)
-        token_rows(a, t, scratch_at(a, workspace));
+    for (int64_t t = 0; t < a->T; t++) {
+        token_rows(a, t, s);
+        store_row(a->dtype, a->y, t, a->d, s.sum);
+    }
     return FMOE_OK;
 }
 
@@ -146,22 +149,26 @@ typedef void token_fn(const fmoe_expert_args *a, int64_t t, scratch s);
 
 // [tokens]
 /* A token's output belongs to one thread, so nothing is shared and nothing depends on who does it. Sixteen tokens are
- * handed out at a time, because cores need not be equally fast. */
-static fmoe_status each_token(const fmoe_expert_args *a, token_fn *one_token, float *workspace) {
+ * handed out at a time, because cores need not be equally fast. y_dtype is the storage type; only chapter 8, which adds
+ * to y before it rounds, takes float32. */
+static fmoe_status each_token(const fmoe_expert_args *a, token_fn *one_token, fmoe_dtype y_dtype, float *workspace) {
 #pragma omp parallel
     {
         scratch s = scratch_at(a, workspace + (size_t)omp_get_thread_num() * scratch_floats(a));
 #pragma omp for schedule(dynamic, 16)
-        for (int64_t t = 0; t < a->T; t++)
+        for (int64_t t = 0; t < a->T; t++) {
             one_token(a, t, s);
+            store_row(y_dtype, a->y, t, a->d, s.sum);
+        }
     }
     return FMOE_OK;
 }
 // [/tokens]
 
 static fmoe_status tokens(const void *args, void *workspace, size_t workspace_bytes, void *stream) {
+    const fmoe_expert_args *a = args;
     (void)workspace_bytes, (void)stream;
-    return each_token(args, token_rows, workspace);
+    return each_token(a, token_rows, a->dtype, workspace);
 }
 
 /* ---- Four sums --------------------------------------------------------------------------------------------------- */
@@ -175,12 +182,12 @@ static void token_vectors(const fmoe_expert_args *a, int64_t t, scratch s) {
     memset(s.sum, 0, (size_t)a->d * sizeof(float));
     for (int64_t k = 0; k < a->K; k++)
         add_row(a->d, s.activation[k], load_row(a->dtype, a->up, expert[k], a->d, s.buffer[0]), s.sum);
-    store_row(a->dtype, a->y, t, a->d, s.sum);
 }
 
 static fmoe_status vectors(const void *args, void *workspace, size_t workspace_bytes, void *stream) {
+    const fmoe_expert_args *a = args;
     (void)workspace_bytes, (void)stream;
-    return each_token(args, token_vectors, workspace);
+    return each_token(a, token_vectors, a->dtype, workspace);
 }
 
 /* ---- Eight experts a pass ---------------------------------------------------------------------------------------- */
@@ -232,7 +239,6 @@ static inline void token_eights(const fmoe_expert_args *a, int64_t t, scratch s,
     }
     for (; k < a->K; k++)
         add_row(a->d, s.activation[k], load_row(a->dtype, a->up, expert[k], a->d, s.buffer[0]), s.sum);
-    store_row(a->dtype, a->y, t, a->d, s.sum);
 }
 // [/blocked]
 
@@ -241,8 +247,9 @@ static void token_blocked(const fmoe_expert_args *a, int64_t t, scratch s) {
 }
 
 static fmoe_status blocked(const void *args, void *workspace, size_t workspace_bytes, void *stream) {
+    const fmoe_expert_args *a = args;
     (void)workspace_bytes, (void)stream;
-    return each_token(args, token_blocked, workspace);
+    return each_token(a, token_blocked, a->dtype, workspace);
 }
 
 /* ---- Ahead of time ----------------------------------------------------------------------------------------------- */
@@ -251,9 +258,14 @@ static void token_prefetch(const fmoe_expert_args *a, int64_t t, scratch s) {
     token_eights(a, t, s, true);
 }
 
+fmoe_status cpu_expert_token_into(const fmoe_expert_args *a, fmoe_dtype y_dtype, void *workspace) {
+    return each_token(a, token_prefetch, y_dtype, workspace);
+}
+
 fmoe_status cpu_expert_token_best(const void *args, void *workspace, size_t workspace_bytes, void *stream) {
+    const fmoe_expert_args *a = args;
     (void)workspace_bytes, (void)stream;
-    return each_token(args, token_prefetch, workspace);
+    return cpu_expert_token_into(a, a->dtype, workspace);
 }
 
 size_t cpu_expert_token_best_workspace(const void *args) {

@@ -181,8 +181,9 @@ static void activate(const fmoe_expert_args *a, const plan *p, int64_t t) {
 }
 
 // [second-phase]
-/* Token t's output: added up in one row that never leaves the first-level cache, rounded and stored once. */
-static inline void output(const fmoe_expert_args *a, const plan *p, int64_t t, bool fetch) {
+/* Token t's output: added up in one row that never leaves the first-level cache, rounded and stored once
+ * (chapter 8, which adds to it before it rounds, has it stored as float32). */
+static inline void output(const fmoe_expert_args *a, const plan *p, int64_t t, fmoe_dtype y_dtype, bool fetch) {
     float *sum = scratch_row(a, p, 0);
     const float *row[ROWS];
     activate(a, p, t);
@@ -198,14 +199,14 @@ static inline void output(const fmoe_expert_args *a, const plan *p, int64_t t, b
     }
     for (; i < end; i++)
         add_row(a->d, p->activation[i], load_row(a->dtype, a->up, a->indices[i], a->d, scratch_row(a, p, 1)), sum);
-    store_row(a->dtype, a->y, t, a->d, sum);
+    store_row(y_dtype, a->y, t, a->d, sum);
 }
 // [/second-phase]
 
-static inline void outputs(const fmoe_expert_args *a, const plan *p, bool fetch) {
+static inline void outputs(const fmoe_expert_args *a, const plan *p, fmoe_dtype y_dtype, bool fetch) {
 #pragma omp parallel for schedule(dynamic, 16)
     for (int64_t t = 0; t < a->T; t++)
-        output(a, p, t, fetch);
+        output(a, p, t, y_dtype, fetch);
 }
 
 // [by-expert]
@@ -220,7 +221,7 @@ static fmoe_status by_expert(const void *args, void *workspace, size_t workspace
         int64_t threads = omp_get_num_threads(), me = omp_get_thread_num();
         pre_activations(a, &p, p.offsets[a->N * me / threads], p.offsets[a->N * (me + 1) / threads], false);
     }
-    outputs(a, &p, false);
+    outputs(a, &p, a->dtype, false);
     return FMOE_OK;
 }
 // [/by-expert]
@@ -247,21 +248,25 @@ static fmoe_status balanced(const void *args, void *workspace, size_t workspace_
     build_schedule(a, &p);
     convert_tokens(a, &p);
     balanced_pre_activations(a, &p, false);
-    outputs(a, &p, false);
+    outputs(a, &p, a->dtype, false);
     return FMOE_OK;
 }
 
 /* ---- Nobody waits ------------------------------------------------------------------------------------------------ */
 
-fmoe_status cpu_expert_scheduled_best(const void *args, void *workspace, size_t workspace_bytes, void *stream) {
-    const fmoe_expert_args *a = args;
+fmoe_status cpu_expert_scheduled_into(const fmoe_expert_args *a, fmoe_dtype y_dtype, void *workspace) {
     plan p = lay_out(a, workspace, false);
-    (void)workspace_bytes, (void)stream;
     build_schedule(a, &p);
     convert_tokens(a, &p);
     balanced_pre_activations(a, &p, true);
-    outputs(a, &p, true);
+    outputs(a, &p, y_dtype, true);
     return FMOE_OK;
+}
+
+fmoe_status cpu_expert_scheduled_best(const void *args, void *workspace, size_t workspace_bytes, void *stream) {
+    const fmoe_expert_args *a = args;
+    (void)workspace_bytes, (void)stream;
+    return cpu_expert_scheduled_into(a, a->dtype, workspace);
 }
 
 size_t cpu_expert_scheduled_best_workspace(const void *args) {

@@ -226,22 +226,27 @@ static size_t fused_workspace(const void *args) {
 }
 
 // [fused]
-static fmoe_status fused(const void *args, void *workspace, size_t workspace_bytes, void *stream) {
-    (void)stream;
-    const fmoe_mlp_args *a = args;
+/* y in a type of its own: this rung's is the storage type; chapter 8 takes float32 and adds to it before it rounds. */
+static fmoe_status fused_into(const fmoe_mlp_args *a, fmoe_dtype y_dtype, void *workspace, size_t workspace_bytes) {
     int64_t T = a->T, d = a->d, I = a->I;
     hidden_units hidden = {I, workspace};
     char *rest = (char *)workspace + hidden_bytes(a);
     size_t rest_bytes = workspace_bytes - hidden_bytes(a);
     gemm_operand x = rows_of(a->dtype, a->x, d), gate_and_up = rows_of(a->dtype, a->gate, d);
     gemm_operand h = rows_of(FMOE_F32, hidden.data, I), down = rows_of(a->dtype, a->down, I);
-    gemm_target to_y = {a->dtype, a->y, d};
+    gemm_target to_y = {y_dtype, a->y, d};
     gate_and_up.pair = a->up;
 
     fmoe_status status = gemm(T, I, d, &x, &gate_and_up, swiglu, &hidden, rest, rest_bytes);
     return status == FMOE_OK ? gemm(T, d, I, &h, &down, gemm_store, &to_y, rest, rest_bytes) : status;
 }
 // [/fused]
+
+static fmoe_status fused(const void *args, void *workspace, size_t workspace_bytes, void *stream) {
+    const fmoe_mlp_args *a = args;
+    (void)stream;
+    return fused_into(a, a->dtype, workspace, workspace_bytes);
+}
 
 /* ---- Few tokens -------------------------------------------------------------------------------------------------- */
 
@@ -255,9 +260,7 @@ static size_t streamed_workspace(const void *args) {
 }
 
 // [streamed]
-static fmoe_status streamed(const void *args, void *workspace, size_t workspace_bytes, void *stream) {
-    (void)workspace_bytes, (void)stream;
-    const fmoe_mlp_args *a = args;
+static fmoe_status streamed_into(const fmoe_mlp_args *a, fmoe_dtype y_dtype, void *workspace) {
     int64_t T = a->T, d = a->d, I = a->I, row_floats = larger(d, I);
     float *x = workspace, *hidden = x + T * d, *rows = hidden + T * I;
     fmoe_to_f32(a->dtype, T * d, a->x, x);
@@ -284,13 +287,19 @@ static fmoe_status streamed(const void *args, void *workspace, size_t workspace_
                 float out[FEW];
                 dots(count, I, hidden + t * I, down, out);
                 for (int64_t j = 0; j < count; j++)
-                    store_one(a->dtype, a->y, (t + j) * d + c, out[j]);
+                    store_one(y_dtype, a->y, (t + j) * d + c, out[j]);
             }
         }
     }
     return FMOE_OK;
 }
 // [/streamed]
+
+static fmoe_status streamed(const void *args, void *workspace, size_t workspace_bytes, void *stream) {
+    const fmoe_mlp_args *a = args;
+    (void)workspace_bytes, (void)stream;
+    return streamed_into(a, a->dtype, workspace);
+}
 
 // [chosen]
 static bool few_tokens(const fmoe_mlp_args *a) {
@@ -301,9 +310,14 @@ size_t cpu_mlp_best_workspace(const void *args) {
     return few_tokens(args) ? streamed_workspace(args) : fused_workspace(args);
 }
 
+fmoe_status cpu_mlp_into(const fmoe_mlp_args *a, fmoe_dtype y_dtype, void *workspace, size_t workspace_bytes) {
+    return few_tokens(a) ? streamed_into(a, y_dtype, workspace) : fused_into(a, y_dtype, workspace, workspace_bytes);
+}
+
 fmoe_status cpu_mlp_best(const void *args, void *workspace, size_t workspace_bytes, void *stream) {
-    fmoe_rung_fn *rung = few_tokens(args) ? streamed : fused;
-    return rung(args, workspace, workspace_bytes, stream);
+    const fmoe_mlp_args *a = args;
+    (void)stream;
+    return cpu_mlp_into(a, a->dtype, workspace, workspace_bytes);
 }
 // [/chosen]
 

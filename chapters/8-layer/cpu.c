@@ -239,7 +239,8 @@ typedef struct {
     float *logits;    /* [2, count, n] */
     float *log_probs; /* [2, count, n]: the router's, nobody reads them here */
     float *weights;   /* [count, K] */
-    void *routed;     /* [count, d] in the storage type */
+    float *routed;    /* [count, d] */
+    float *shared;    /* [count, d]; where y is float32, its rows */
     void *inner;      /* the steps' own workspaces, one after the other */
     size_t inner_bytes;
 } part;
@@ -302,7 +303,7 @@ static fmoe_mlp_args mlp_args(const part *p) {
                            .gate = a->gate_proj,
                            .up = a->up_proj,
                            .down = a->down_proj,
-                           .y = (char *)a->y + element(a, p->first * a->d)};
+                           .y = p->shared};
 }
 
 // [which-expert]
@@ -336,6 +337,14 @@ static void *carve(char *memory, size_t *used, int64_t bytes) {
     return piece;
 }
 
+/* Both branches stay float32 until their sum is rounded. */
+static void carve_results(part *p, char *memory, size_t *used) {
+    const fmoe_layer_args *a = p->a;
+    int64_t bytes = p->count * a->d * (int64_t)sizeof(float);
+    p->routed = carve(memory, used, bytes);
+    p->shared = a->dtype == FMOE_F32 ? (float *)a->y + p->first * a->d : carve(memory, used, bytes);
+}
+
 /* Lays a part out from memory[*used] on. */
 static part part_new(const fmoe_layer_args *a, int64_t first, int64_t count, char *memory, size_t *used) {
     part p = {.a = a, .first = first, .count = count};
@@ -343,7 +352,7 @@ static part part_new(const fmoe_layer_args *a, int64_t first, int64_t count, cha
     p.logits = carve(memory, used, 2 * count * a->n * floats);
     p.log_probs = carve(memory, used, 2 * count * a->n * floats);
     p.weights = carve(memory, used, count * a->K * floats);
-    p.routed = carve(memory, used, element(a, count * a->d));
+    carve_results(&p, memory, used);
     p.inner_bytes = inner_bytes(&p);
     p.inner = carve(memory, used, (int64_t)p.inner_bytes);
     return p;
@@ -361,31 +370,26 @@ static fmoe_status run_topk(const part *p) {
 
 static fmoe_status run_experts(const part *p) {
     fmoe_expert_args args = expert_args(p);
-    return (grouping_pays(p) ? cpu_expert_scheduled_best : cpu_expert_token_best)(&args, p->inner, p->inner_bytes,
-                                                                                  NULL);
+    return (grouping_pays(p) ? cpu_expert_scheduled_into : cpu_expert_token_into)(&args, FMOE_F32, p->inner);
 }
 
 static fmoe_status run_mlp(const part *p) {
     fmoe_mlp_args args = mlp_args(p);
-    return cpu_mlp_best(&args, p->inner, p->inner_bytes, NULL);
+    return cpu_mlp_into(&args, FMOE_F32, p->inner, p->inner_bytes);
 }
 
-/* y += routed. */
-static void add_routed(const part *p) {
+// [add]
+/* y = shared + routed, rounded here and nowhere before. */
+static void add_branches(const part *p) {
     const fmoe_layer_args *a = p->a;
-    int64_t begin = p->first * a->d, count = p->count * a->d;
-    char *y = (char *)a->y + element(a, begin);
 #pragma omp parallel for
-    for (int64_t i = 0; i < count; i += 256) {
-        float shared[256], routed[256];
-        int64_t width = smaller(256, count - i);
-        fmoe_to_f32(a->dtype, width, y + element(a, i), shared);
-        fmoe_to_f32(a->dtype, width, (const char *)p->routed + element(a, i), routed);
-        for (int64_t j = 0; j < width; j++)
-            shared[j] += routed[j];
-        fmoe_from_f32(a->dtype, width, shared, y + element(a, i));
+    for (int64_t t = 0; t < p->count; t++) {
+        float *sum = p->routed + t * a->d;
+        add_scaled(a->d, 1, p->shared + t * a->d, sum);
+        store_row(a->dtype, a->y, p->first + t, a->d, sum);
     }
 }
+// [/add]
 
 static size_t composed_workspace(const void *args) {
     const fmoe_layer_args *a = args;
@@ -412,7 +416,7 @@ static fmoe_status composed(const void *args, void *workspace, size_t workspace_
     if (status == FMOE_OK)
         status = run_mlp(&all);
     if (status == FMOE_OK)
-        add_routed(&all);
+        add_branches(&all);
     return status;
 }
 // [/composed]
@@ -503,7 +507,7 @@ static fmoe_status blocks(const void *args, void *workspace, size_t workspace_by
         part p = part_new(a, first, block_tokens(a, first), workspace, &at);
         keep(&status, routed_branch(&p));
         keep(&status, run_mlp(&p));
-        add_routed(&p);
+        add_branches(&p);
     }
     return status;
 }
@@ -511,32 +515,35 @@ static fmoe_status blocks(const void *args, void *workspace, size_t workspace_by
 
 /* ---- Branches side by side --------------------------------------------------------------------------------------- */
 
-/* As for blocks, and the routed branch's result of every token, which waits for the shared one's. */
+/* As for blocks, and both branches' results of every token: the first to be there waits for the other. */
 static size_t branches_workspace(const void *args) {
     const fmoe_layer_args *a = args;
+    part all = {.a = a, .count = a->T};
     size_t bytes = blocks_workspace(a);
-    carve(NULL, &bytes, element(a, a->T * a->d));
+    carve_results(&all, NULL, &bytes);
     return bytes;
 }
 
 // [branches]
 /* One task goes through the routed branch and leaves the shared one to another, which whoever is free may take: so one
  * thread gathers rows while another multiplies tiles. A thread that takes both in turn uses its memory twice, hence
- * the routed result lies elsewhere. */
-static void both_branches(const fmoe_layer_args *a, int64_t first, char *memory, size_t each, char *routed,
-                          fmoe_status *status) {
+ * the results lie elsewhere, with those of all tokens. */
+static void both_branches(const part *all, int64_t first, char *memory, size_t each, fmoe_status *status) {
+    const fmoe_layer_args *a = all->a;
     size_t at = each * (size_t)omp_get_thread_num();
     part p = part_new(a, first, block_tokens(a, first), memory, &at);
-    p.routed = routed + element(a, first * a->d);
+    p.routed = all->routed + first * a->d;
+    p.shared = all->shared + first * a->d;
 #pragma omp task
     {
         size_t task_at = each * (size_t)omp_get_thread_num();
         part shared_part = part_new(a, first, block_tokens(a, first), memory, &task_at);
+        shared_part.shared = all->shared + first * a->d;
         keep(status, run_mlp(&shared_part));
     }
     keep(status, routed_branch(&p));
 #pragma omp taskwait
-    add_routed(&p);
+    add_branches(&p);
 }
 // [/branches]
 
@@ -547,7 +554,8 @@ static fmoe_status branches(const void *args, void *workspace, size_t workspace_
     if (nothing_to_do(a, &status))
         return status;
     size_t each = block_bytes(a), used = each * (size_t)omp_get_max_threads();
-    char *routed = carve(workspace, &used, element(a, a->T * a->d));
+    part all = {.a = a, .count = a->T};
+    carve_results(&all, workspace, &used);
     if (a->training)
         status = route_batch(a, workspace, &used);
     if (status != FMOE_OK)
@@ -556,7 +564,7 @@ static fmoe_status branches(const void *args, void *workspace, size_t workspace_
 #pragma omp single
     for (int64_t first = 0; first < a->T; first += BLOCK) {
 #pragma omp task shared(status)
-        both_branches(a, first, workspace, each, routed, &status);
+        both_branches(&all, first, workspace, each, &status);
     }
     return status;
 }
