@@ -1,46 +1,8 @@
 /* Chapter 2: router norm and logits. */
-#include "literate.h"
+#include "values.h"
 
 #include <math.h>
-#include <omp.h>
-#include <stdlib.h>
 #include <string.h>
-
-static void release(void *pointer) {
-    free(*(void **)pointer);
-}
-#define OWNED __attribute__((cleanup(release)))
-
-/* Exactly as many floats as are needed, filled with NaN, so that what is not written shows. */
-static float *floats(int64_t count) {
-    float *values = malloc((size_t)count * sizeof *values + 1);
-    cr_assert_not_null(values);
-    for (int64_t i = 0; i < count; i++)
-        values[i] = NAN;
-    return values;
-}
-
-static float *normals(uint64_t seed, uint64_t stream, float scale, int64_t count) {
-    float *values = floats(count);
-    for (int64_t i = 0; i < count; i++)
-        values[i] = scale * fmoe_random_normal(seed, stream, (uint64_t)i);
-    return values;
-}
-
-static float *filled(float value, int64_t count) {
-    float *values = floats(count);
-    for (int64_t i = 0; i < count; i++)
-        values[i] = value;
-    return values;
-}
-
-static long double *zeros(int64_t count) {
-    long double *values = malloc((size_t)count * sizeof *values + 1);
-    cr_assert_not_null(values);
-    for (int64_t i = 0; i < count; i++)
-        values[i] = 0;
-    return values;
-}
 
 /* Mean and sum of squared deviations of a column, two passes in long double. */
 static long double column_mean(int64_t T, int64_t d, int64_t h, const float *x) {
@@ -82,8 +44,7 @@ static const char *normalises(const int64_t *size, uint64_t seed) {
         x[i] += (float)(i % d % 5);
     if (T < 2)
         return DOES_NOT_APPLY;
-    if (fmoe_router_norm(true, T, d, x, mean, var, x_hat) != FMOE_OK)
-        return because("%s", fmoe_error_message());
+    CALL(fmoe_router_norm(true, T, d, x, mean, var, x_hat));
     return check_normalised(T, d, x, x_hat, 2.5e-7);
 }
 
@@ -97,13 +58,11 @@ static const char *buffers_move(const int64_t *size, uint64_t seed) {
     if (T < 2)
         return DOES_NOT_APPLY;
     float *mean OWNED = normals(seed, 1, 1, d), *var OWNED = filled(2, d), *x_hat OWNED = floats(T * d);
-    float *first_mean OWNED = floats(d), *first_var OWNED = filled(2, d);
-    long double *mean_part OWNED = zeros(d), *var_part OWNED = zeros(d);
-    memcpy(first_mean, mean, (size_t)d * sizeof(float));
+    float *first_mean OWNED = copy_of(mean, d), *first_var OWNED = copy_of(var, d);
+    long double *mean_part OWNED = zeros(d, sizeof *mean_part), *var_part OWNED = zeros(d, sizeof *var_part);
     for (int64_t s = 0; s < steps; s++) {
         float *x OWNED = normals(seed, 2 + (uint64_t)s, 3, T * d);
-        if (fmoe_router_norm(true, T, d, x, mean, var, x_hat) != FMOE_OK)
-            return because("%s", fmoe_error_message());
+        CALL(fmoe_router_norm(true, T, d, x, mean, var, x_hat));
         long double share = 0.1L * powl(0.9L, (long double)(steps - 1 - s));
         for (int64_t h = 0; h < d; h++) {
             mean_part[h] += share * column_mean(T, d, h, x);
@@ -133,12 +92,9 @@ static const char *evaluation_reads(const int64_t *size, uint64_t seed) {
     float *mean OWNED = normals(seed, 1, 2, d), *var OWNED = normals(seed, 2, 1, d);
     for (int64_t h = 0; h < d; h++)
         var[h] = fabsf(var[h]) * 1e-4f; /* small enough for eps to matter */
-    float *mean_before OWNED = floats(d), *var_before OWNED = floats(d);
-    memcpy(mean_before, mean, (size_t)d * sizeof(float));
-    memcpy(var_before, var, (size_t)d * sizeof(float));
-    if (fmoe_router_norm(false, T, d, x, mean, var, x_hat) != FMOE_OK)
-        return because("%s", fmoe_error_message());
-    if (memcmp(mean, mean_before, (size_t)d * sizeof(float)) || memcmp(var, var_before, (size_t)d * sizeof(float)))
+    float *mean_before OWNED = copy_of(mean, d), *var_before OWNED = copy_of(var, d);
+    CALL(fmoe_router_norm(false, T, d, x, mean, var, x_hat));
+    if (!same_bits(mean, mean_before, d) || !same_bits(var, var_before, d))
         return because("a running buffer moved");
     for (int64_t i = 0; i < T * d; i++) {
         long double ref = ((long double)x[i] - mean[i % d]) / sqrtl(var[i % d] + 1e-5L);
@@ -161,8 +117,7 @@ static const char *constant_becomes_zero(const int64_t *size, uint64_t seed) {
     float *value OWNED = normals(seed, 0, 100, d), *mean OWNED = filled(0, d), *var OWNED = filled(1, d);
     for (int64_t i = 0; i < T * d; i++)
         x[i] = value[i % d];
-    if (fmoe_router_norm(true, T, d, x, mean, var, x_hat) != FMOE_OK)
-        return because("%s", fmoe_error_message());
+    CALL(fmoe_router_norm(true, T, d, x, mean, var, x_hat));
     for (int64_t i = 0; i < T * d; i++)
         if (!(fabsf(x_hat[i]) <= 1e-9f))
             return because("element %d of a constant unit is %g", (int)i, x_hat[i]);
@@ -185,8 +140,7 @@ static const char *far_from_zero(const int64_t *size, uint64_t seed) {
     float *mean OWNED = filled(0, d), *var OWNED = filled(1, d);
     for (int64_t i = 0; i < T * d; i++)
         x[i] += 1e4f;
-    if (fmoe_router_norm(true, T, d, x, mean, var, x_hat) != FMOE_OK)
-        return because("%s", fmoe_error_message());
+    CALL(fmoe_router_norm(true, T, d, x, mean, var, x_hat));
     return check_normalised(T, d, x, x_hat, 1e-6);
 }
 
@@ -215,8 +169,8 @@ SENTENCE(2, 6, "A batch of one cannot be trained on, and the message says so; in
                              .logits = x_hat,
                              .log_probs = x_hat};
     for (const fmoe_rung *rung = chapter2_rungs; rung->run; rung++) {
-        size_t bytes = (rung->workspace(&args) + 255) / 256 * 256;
-        void *workspace OWNED = aligned_alloc(256, bytes);
+        size_t bytes = rung->workspace(&args);
+        void *workspace OWNED = workspace_of(bytes);
         status = rung->run(&args, workspace, bytes, NULL);
         expect(status == FMOE_BATCH_OF_ONE, "%s: status is %s", rung->name, fmoe_status_name(status));
     }
@@ -226,8 +180,7 @@ static const char *projects(const int64_t *size, uint64_t seed) {
     int64_t T = size[0], d = size[1], n = size[2];
     float *x_hat OWNED = normals(seed, 0, 1, T * d), *gate OWNED = normals(seed, 1, 1, 2 * n * d);
     float *logits OWNED = floats(2 * T * n);
-    if (fmoe_router_logits(T, d, n, x_hat, gate, logits) != FMOE_OK)
-        return because("%s", fmoe_error_message());
+    CALL(fmoe_router_logits(T, d, n, x_hat, gate, logits));
     for (int64_t side = 0; side < 2; side++)
         for (int64_t t = 0; t < T; t++)
             for (int64_t key = 0; key < n; key++) {
@@ -250,8 +203,7 @@ SENTENCE(2, 7, "Logit [side, t, key] is the dot product of token t and gate row 
 static const char *sums_to_one(const int64_t *size, uint64_t seed) {
     int64_t rows = size[0], n = size[1];
     float *z OWNED = normals(seed, 0, 3, rows * n), *log_p OWNED = floats(rows * n);
-    if (fmoe_log_softmax(rows, n, z, log_p) != FMOE_OK)
-        return because("%s", fmoe_error_message());
+    CALL(fmoe_log_softmax(rows, n, z, log_p));
     for (int64_t r = 0; r < rows; r++) {
         long double sum = 0;
         for (int64_t i = 0; i < n; i++)
@@ -281,8 +233,8 @@ static const char *shift_changes_nothing(const int64_t *size, uint64_t seed) {
         int64_t row = i / n;
         shifted[i] = z[i] + 1000 * (float)(1 + row); /* exact: eighths below 2^20 */
     }
-    if (fmoe_log_softmax(rows, n, z, log_p) != FMOE_OK || fmoe_log_softmax(rows, n, shifted, log_q) != FMOE_OK)
-        return because("%s", fmoe_error_message());
+    CALL(fmoe_log_softmax(rows, n, z, log_p));
+    CALL(fmoe_log_softmax(rows, n, shifted, log_q));
     for (int64_t i = 0; i < rows * n; i++)
         if (!(fabsf(log_p[i] - log_q[i]) <= 2e-6f))
             return because("key %d of row %d: %.9g, shifted %.9g", (int)(i % n), (int)(i / n), log_p[i], log_q[i]);
@@ -305,8 +257,8 @@ static const char *without_key(const int64_t *size, uint64_t seed) {
         if (i != gone)
             rest[others++] = z[i];
     z[gone] = -INFINITY;
-    if (fmoe_log_softmax(1, n, z, log_p) != FMOE_OK || fmoe_log_softmax(1, others, rest, log_rest) != FMOE_OK)
-        return because("%s", fmoe_error_message());
+    CALL(fmoe_log_softmax(1, n, z, log_p));
+    CALL(fmoe_log_softmax(1, others, rest, log_rest));
     if (log_p[gone] != -INFINITY)
         return because("the key's own log-probability is %g", log_p[gone]);
     for (int64_t i = 0, j = 0; i < n; i++)
@@ -336,11 +288,9 @@ SENTENCE(2, 11, "Logits of 10^9 keep their probabilities, and logits of 3·10^38
 static const char *row_alone(const int64_t *size, uint64_t seed) {
     int64_t rows = size[0], n = size[1], bad = (int64_t)(seed % (uint64_t)rows), at = (int64_t)(seed / 7 % (uint64_t)n);
     float *z OWNED = normals(seed, 0, 1, rows * n), *sound OWNED = floats(rows * n), *log_p OWNED = floats(rows * n);
-    if (fmoe_log_softmax(rows, n, z, sound) != FMOE_OK)
-        return because("%s", fmoe_error_message());
+    CALL(fmoe_log_softmax(rows, n, z, sound));
     z[bad * n + at] = seed % 2 ? NAN : INFINITY;
-    if (fmoe_log_softmax(rows, n, z, log_p) != FMOE_OK)
-        return because("%s", fmoe_error_message());
+    CALL(fmoe_log_softmax(rows, n, z, log_p));
     for (int64_t i = 0; i < rows * n; i++) {
         if (i / n == bad && !isnan(log_p[i]))
             return because("key %d of the row with a %g is %g", (int)(i % n), z[bad * n + at], log_p[i]);
@@ -398,12 +348,8 @@ static const char *rungs_far_from_zero(const int64_t *size, uint64_t seed) {
     int64_t T = size[0], d = size[1], n = size[2], training = size[3], distance = size[4];
     if (training && T == 1)
         return DOES_NOT_APPLY;
-    char name[96], why[256] = "";
-    snprintf(name, sizeof name, "T%d-d%d-n%d-f32%s", (int)T, (int)d, (int)n, training ? "-train" : "");
-    fmoe_case c;
-    fmoe_problem p;
-    if (fmoe_case_parse(name, &c) != FMOE_OK || fmoe_problem_new(&fmoe_step_router, &c, seed, &p) != FMOE_OK)
-        return because("%s", fmoe_error_message());
+    fmoe_problem p FREED(fmoe_problem_free) =
+        new_problem(&fmoe_step_router, seed, "T%d-d%d-n%d-f32%s", (int)T, (int)d, (int)n, training ? "-train" : "");
     float *x = fmoe_problem_find(&p, "x")->data, *mean = fmoe_problem_find(&p, "running_mean")->pristine;
     for (int64_t i = 0; i < T * d; i++)
         x[i] = fmoe_random_normal(seed, 1, (uint64_t)i) + (float)distance;
@@ -412,15 +358,8 @@ static const char *rungs_far_from_zero(const int64_t *size, uint64_t seed) {
         mean[h] = (float)distance + 0.125f;
         var[h] = 1;
     }
-    const char *result = p.step->reference(&p) == FMOE_OK ? HOLDS : because("%s", fmoe_error_message());
-    for (const fmoe_rung *rung = chapter2_rungs; rung->run && result == HOLDS; rung++) {
-        double error = INFINITY;
-        fmoe_status status = fmoe_rung_check(rung, &p, &error, why);
-        if (status != FMOE_OK || !(error <= 1e-5))
-            result = because("%s: %s, error %.2g: %s", rung->name, fmoe_status_name(status), error, why);
-    }
-    fmoe_problem_free(&p);
-    return result;
+    CALL(p.step->reference(&p));
+    return rungs_right(chapter2_rungs, &p);
 }
 
 SENTENCE(2, 15, "No rung loses digits to a mean of 10,000 deviations, in training or evaluation.",
@@ -440,25 +379,20 @@ static const char *reference_repeats(const int64_t *size, uint64_t seed) {
     int64_t T = size[0], d = size[1], n = size[2];
     if (T < 2)
         return DOES_NOT_APPLY;
-    int before = omp_get_max_threads();
+    int64_t count = 2 * d + 4 * T * n;
     float *x OWNED = normals(seed, 0, 1, T * d), *gate OWNED = normals(seed, 1, 1, 2 * n * d);
-    float *first OWNED = floats(2 * d + 4 * T * n), *again OWNED = floats(2 * d + 4 * T * n);
-    static const int threads[] = {1, 2, 3, 7};
-    const char *result = HOLDS;
-    for (int i = 0; i < 4 && result == HOLDS; i++) {
-        float *out = i == 0 ? first : again, *logits = out + 2 * d, *x_hat OWNED = floats(T * d);
+    float *first OWNED = floats(count), *again OWNED = floats(count);
+    FOR_THREADS(run) {
+        float *out = run.turn ? again : first, *logits = out + 2 * d, *x_hat OWNED = floats(T * d);
         for (int64_t h = 0; h < 2 * d; h++)
             out[h] = 1;
-        omp_set_num_threads(threads[i]);
-        if (fmoe_router_norm(true, T, d, x, out, out + d, x_hat) != FMOE_OK ||
-            fmoe_router_logits(T, d, n, x_hat, gate, logits) != FMOE_OK ||
-            fmoe_log_softmax(2 * T, n, logits, logits + 2 * T * n) != FMOE_OK)
-            result = because("%s", fmoe_error_message());
-        else if (i > 0 && memcmp(first, again, (size_t)(2 * d + 4 * T * n) * sizeof(float)) != 0)
-            result = because("%d threads give other bits than one", threads[i]);
+        CALL(fmoe_router_norm(true, T, d, x, out, out + d, x_hat));
+        CALL(fmoe_router_logits(T, d, n, x_hat, gate, logits));
+        CALL(fmoe_log_softmax(2 * T, n, logits, logits + 2 * T * n));
+        if (run.turn && !same_bits(first, again, count))
+            return because("%d threads give other bits than one", run.threads);
     }
-    omp_set_num_threads(before);
-    return result;
+    return HOLDS;
 }
 
 SENTENCE(2, 16, "Reference and rungs give the same bits for any number of threads.",
@@ -472,45 +406,22 @@ SENTENCE(2, 16, "Reference and rungs give the same bits for any number of thread
 SENTENCE(2, 17, "Bad arguments are named, each with its status, and nothing is written.",
          "a library neither prints nor exits", "the contract") {
     float x[4] = {0}, mean[2] = {0}, var[2] = {0}, out[8] = {0};
-    struct {
-        fmoe_status status, expected;
-        const char *word;
-        const char *message;
-    } calls[16];
-    int count = 0;
-    char messages[16][200];
-#define CALL(expected_status, expected_word, ...)                                                                      \
-    do {                                                                                                               \
-        calls[count].status = __VA_ARGS__;                                                                             \
-        calls[count].expected = expected_status;                                                                       \
-        calls[count].word = expected_word;                                                                             \
-        snprintf(messages[count], sizeof messages[0], "%s", fmoe_error_message());                                     \
-        calls[count].message = messages[count];                                                                        \
-        count++;                                                                                                       \
-    } while (0)
-    CALL(FMOE_BAD_SIZE, "tokens = -1", fmoe_router_norm(true, -1, 2, x, mean, var, out));
-    CALL(FMOE_BAD_SIZE, "hidden_size = 0", fmoe_router_norm(true, 2, 0, x, mean, var, out));
-    CALL(FMOE_NULL_POINTER, "x", fmoe_router_norm(true, 2, 2, NULL, mean, var, out));
-    CALL(FMOE_NULL_POINTER, "running_mean", fmoe_router_norm(true, 2, 2, x, NULL, var, out));
-    CALL(FMOE_NULL_POINTER, "running_var", fmoe_router_norm(false, 2, 2, x, mean, NULL, out));
-    CALL(FMOE_NULL_POINTER, "x_hat", fmoe_router_norm(true, 2, 2, x, mean, var, NULL));
-    CALL(FMOE_OVERFLOW, "tokens", fmoe_router_norm(true, INT64_MAX / 2, 1000, x, mean, var, out));
-    CALL(FMOE_BAD_SIZE, "num_keys = 0", fmoe_router_logits(2, 2, 0, x, x, out));
-    CALL(FMOE_BAD_SIZE, "hidden_size = -3", fmoe_router_logits(2, -3, 1, x, x, out));
-    CALL(FMOE_NULL_POINTER, "gate", fmoe_router_logits(2, 2, 1, x, NULL, out));
-    CALL(FMOE_NULL_POINTER, "logits", fmoe_router_logits(2, 2, 1, x, x, NULL));
-    CALL(FMOE_OVERFLOW, "num_keys", fmoe_router_logits(2, 1 << 30, INT64_MAX >> 20, x, x, out));
-    CALL(FMOE_BAD_SIZE, "num_keys = -1", fmoe_log_softmax(2, -1, x, out));
-    CALL(FMOE_BAD_SIZE, "rows = -2", fmoe_log_softmax(-2, 2, x, out));
-    CALL(FMOE_NULL_POINTER, "logits", fmoe_log_softmax(2, 2, NULL, out));
-    CALL(FMOE_NULL_POINTER, "log_probs", fmoe_log_softmax(2, 2, x, NULL));
-#undef CALL
-    for (int i = 0; i < count; i++) {
-        expect(calls[i].status == calls[i].expected, "call %d: status is %s, should be %s (\"%s\")", i,
-               fmoe_status_name(calls[i].status), fmoe_status_name(calls[i].expected), calls[i].message);
-        expect(strstr(calls[i].message, calls[i].word), "call %d: \"%s\" does not say %s", i, calls[i].message,
-               calls[i].word);
-    }
+    refused(fmoe_router_norm(true, -1, 2, x, mean, var, out), FMOE_BAD_SIZE, "tokens = -1");
+    refused(fmoe_router_norm(true, 2, 0, x, mean, var, out), FMOE_BAD_SIZE, "hidden_size = 0");
+    refused(fmoe_router_norm(true, 2, 2, NULL, mean, var, out), FMOE_NULL_POINTER, "x");
+    refused(fmoe_router_norm(true, 2, 2, x, NULL, var, out), FMOE_NULL_POINTER, "running_mean");
+    refused(fmoe_router_norm(false, 2, 2, x, mean, NULL, out), FMOE_NULL_POINTER, "running_var");
+    refused(fmoe_router_norm(true, 2, 2, x, mean, var, NULL), FMOE_NULL_POINTER, "x_hat");
+    refused(fmoe_router_norm(true, INT64_MAX / 2, 1000, x, mean, var, out), FMOE_OVERFLOW, "tokens");
+    refused(fmoe_router_logits(2, 2, 0, x, x, out), FMOE_BAD_SIZE, "num_keys = 0");
+    refused(fmoe_router_logits(2, -3, 1, x, x, out), FMOE_BAD_SIZE, "hidden_size = -3");
+    refused(fmoe_router_logits(2, 2, 1, x, NULL, out), FMOE_NULL_POINTER, "gate");
+    refused(fmoe_router_logits(2, 2, 1, x, x, NULL), FMOE_NULL_POINTER, "logits");
+    refused(fmoe_router_logits(2, 1 << 30, INT64_MAX >> 20, x, x, out), FMOE_OVERFLOW, "num_keys");
+    refused(fmoe_log_softmax(2, -1, x, out), FMOE_BAD_SIZE, "num_keys = -1");
+    refused(fmoe_log_softmax(-2, 2, x, out), FMOE_BAD_SIZE, "rows = -2");
+    refused(fmoe_log_softmax(2, 2, NULL, out), FMOE_NULL_POINTER, "logits");
+    refused(fmoe_log_softmax(2, 2, x, NULL), FMOE_NULL_POINTER, "log_probs");
     for (int i = 0; i < 8; i++)
         expect(out[i] == 0 && mean[i % 2] == 0, "a failed call wrote something");
 }

@@ -1,25 +1,14 @@
 /* Chapter 4: the expert-major order of the routed pairs, and its ladder. */
-#include "literate.h"
+#include "values.h"
 
-#include <omp.h>
 #include <stdlib.h>
 #include <string.h>
-
-enum { GUARD = 0x5a5a5a5a };
 
 /* T·K indices and the arrays of their schedule, each with an element behind it that nobody may touch. */
 typedef struct {
     int64_t T, K, N;
     int32_t *indices, *offsets, *pairs;
 } schedule;
-
-static int32_t *ints(int64_t count) {
-    int32_t *memory = malloc((size_t)(count + 1) * sizeof *memory);
-    cr_assert(memory != NULL, "out of memory");
-    for (int64_t i = 0; i <= count; i++)
-        memory[i] = GUARD;
-    return memory;
-}
 
 /* xorshift64: the tests' own, so that a bug in the project's generator cannot blind them. */
 static uint64_t next_random(uint64_t *state) {
@@ -29,9 +18,13 @@ static uint64_t next_random(uint64_t *state) {
     return *state >> 16;
 }
 
+static schedule empty_schedule(int64_t T, int64_t K, int64_t N) {
+    return (schedule){T, K, N, integers(T * K + 1), integers(N + 2), integers(T * K + 1)};
+}
+
 /* Skewed indices: small experts are drawn more often, some never, and a token may choose one twice. */
 static schedule new_schedule(uint64_t seed, int64_t T, int64_t K, int64_t N) {
-    schedule s = {T, K, N, ints(T * K), ints(N + 1), ints(T * K)};
+    schedule s = empty_schedule(T, K, N);
     uint64_t state = seed * 2 + 1;
     for (int64_t p = 0; p < T * K; p++)
         s.indices[p] = (int32_t)(next_random(&state) % (1 + next_random(&state) % (uint64_t)N));
@@ -44,31 +37,25 @@ static void free_schedule(schedule *s) {
     free(s->pairs);
 }
 
+#define SCHEDULE FREED(free_schedule)
+
 static fmoe_status reference(const schedule *s) {
     return fmoe_schedule(s->T, s->K, s->N, s->indices, s->offsets, s->pairs);
 }
 
-/* Frees the schedule and hands the verdict on. */
-static const char *verdict(schedule *s, const char *why) {
-    free_schedule(s);
-    return why;
+static bool wrote_behind(const schedule *s) {
+    return s->offsets[s->N + 1] != UNWRITTEN || s->pairs[s->T * s->K] != UNWRITTEN;
 }
 
 typedef const char *claim(const schedule *s);
 
 /* The claim about the reference's schedule of skewed indices. */
 static const char *about_reference(const int64_t *size, uint64_t seed, claim *holds) {
-    int64_t T = size[0], K = size[1], N = size[2];
-    if (K > N)
+    if (size[1] > size[2])
         return DOES_NOT_APPLY;
-    schedule s = new_schedule(seed, T, K, N);
-    if (reference(&s) != FMOE_OK)
-        return verdict(&s, because("%s", fmoe_error_message()));
-    if (s.offsets[N + 1] != GUARD || s.pairs[T * K] != GUARD)
-        return verdict(&s, because("wrote behind an array"));
-    const char *why = holds(&s);
-    free_schedule(&s);
-    return why; // cppcheck-suppress returnDanglingLifetime ; a claim returns a text of its own
+    schedule s SCHEDULE = new_schedule(seed, size[0], size[1], size[2]);
+    CALL(reference(&s));
+    return wrote_behind(&s) ? because("wrote behind an array") : holds(&s);
 }
 
 #define TKN SIZES({0, 3, 5}, {1, 1, 1}, {1, 4, 4}, {3, 2, 4}, {7, 5, 11}, {64, 8, 13}, {29, 6, 170}, {100, 16, 1000})
@@ -99,17 +86,16 @@ SENTENCE(4, 1, "offsets rises from 0 to T·K, and expert e owns as many position
 }
 
 static const char *is_permutation(const schedule *s) {
-    const char *why = HOLDS;
-    int32_t *seen = calloc((size_t)(s->T * s->K) + 1, sizeof *seen);
-    cr_assert(seen != NULL, "out of memory");
-    for (int64_t i = 0; i < s->T * s->K && why == HOLDS; i++) {
+    bool *seen OWNED = zeros(s->T * s->K, sizeof *seen);
+    for (int64_t i = 0; i < s->T * s->K; i++) {
         int32_t p = s->pairs[i];
-        if (p < 0 || p >= s->T * s->K || seen[p]++)
-            why = because("position %d holds pair %d, which is %s", (int)i, p,
-                          p < 0 || p >= s->T * s->K ? "none" : "there twice");
+        if (p < 0 || p >= s->T * s->K)
+            return because("position %d holds pair %d, which is none", (int)i, p);
+        if (seen[p])
+            return because("position %d holds pair %d, which is there twice", (int)i, p);
+        seen[p] = true;
     }
-    free(seen);
-    return why;
+    return HOLDS;
 }
 
 static const char *permutation(const int64_t *size, uint64_t seed) {
@@ -145,19 +131,17 @@ SENTENCE(4, 3, "An expert's positions hold its own pairs, and they rise.",
 
 /* Insertion sort: stable because it only ever passes strictly larger experts. */
 static const char *is_stable_sort(const schedule *s) {
-    int32_t *sorted = ints(s->T * s->K);
+    int32_t *sorted OWNED = integers(s->T * s->K);
     for (int64_t p = 0; p < s->T * s->K; p++) {
         int64_t at = p;
         for (; at > 0 && s->indices[sorted[at - 1]] > s->indices[p]; at--)
             sorted[at] = sorted[at - 1];
         sorted[at] = (int32_t)p;
     }
-    const char *why = HOLDS;
-    for (int64_t i = 0; i < s->T * s->K && why == HOLDS; i++)
+    for (int64_t i = 0; i < s->T * s->K; i++)
         if (s->pairs[i] != sorted[i])
-            why = because("position %d holds pair %d, the sort has %d", (int)i, s->pairs[i], sorted[i]);
-    free(sorted);
-    return why;
+            return because("position %d holds pair %d, the sort has %d", (int)i, s->pairs[i], sorted[i]);
+    return HOLDS;
 }
 
 static const char *stable_sort(const int64_t *size, uint64_t seed) {
@@ -173,16 +157,14 @@ SENTENCE(4, 4, "The schedule is what a stable sort of the pairs by expert gives.
 /* ---- What it is good for ----------------------------------------------------------------------------------------- */
 
 static const char *gives_indices_back(const schedule *s) {
-    const char *why = HOLDS;
-    int32_t *back = ints(s->T * s->K);
+    int32_t *back OWNED = integers(s->T * s->K);
     for (int64_t e = 0; e < s->N; e++)
         for (int64_t i = s->offsets[e]; i < s->offsets[e + 1]; i++)
             back[s->pairs[i]] = (int32_t)e;
-    for (int64_t p = 0; p < s->T * s->K && why == HOLDS; p++)
+    for (int64_t p = 0; p < s->T * s->K; p++)
         if (back[p] != s->indices[p])
-            why = because("pair %d comes back as expert %d, it was %d", (int)p, back[p], s->indices[p]);
-    free(back);
-    return why;
+            return because("pair %d comes back as expert %d, it was %d", (int)p, back[p], s->indices[p]);
+    return HOLDS;
 }
 
 static const char *inverse(const int64_t *size, uint64_t seed) {
@@ -201,25 +183,22 @@ static int by_number(const void *left, const void *right) {
 
 /* The schedule once more, of the transposed matrix: its T·K entries one a row, tokens in the place of experts. */
 static const char *transposes_back(const schedule *s) {
-    schedule back = {s->T * s->K, 1, s->T, ints(s->T * s->K), ints(s->T + 1), ints(s->T * s->K)};
-    int32_t *expert = ints(s->T * s->K), *own = ints(s->K);
+    schedule back SCHEDULE = empty_schedule(s->T * s->K, 1, s->T);
+    int32_t *expert OWNED = integers(s->T * s->K), *own OWNED = integers(s->K);
     for (int64_t e = 0; e < s->N; e++)
         for (int64_t i = s->offsets[e]; i < s->offsets[e + 1]; i++) {
             expert[i] = (int32_t)e;
             back.indices[i] = (int32_t)(s->pairs[i] / s->K);
         }
-    const char *why = reference(&back) == FMOE_OK ? HOLDS : because("%s", fmoe_error_message());
-    for (int64_t t = 0; t < s->T && why == HOLDS; t++) {
+    CALL(reference(&back));
+    for (int64_t t = 0; t < s->T; t++) {
         memcpy(own, s->indices + t * s->K, (size_t)s->K * sizeof *own);
         qsort(own, (size_t)s->K, sizeof *own, by_number);
-        for (int64_t k = 0; k < s->K && why == HOLDS; k++)
+        for (int64_t k = 0; k < s->K; k++)
             if (back.offsets[t] != t * s->K || expert[back.pairs[t * s->K + k]] != own[k])
-                why = because("token %d: place %d should hold expert %d", (int)t, (int)k, own[k]);
+                return because("token %d: place %d should hold expert %d", (int)t, (int)k, own[k]);
     }
-    free(expert);
-    free(own);
-    free_schedule(&back);
-    return why;
+    return HOLDS;
 }
 
 static const char *twice(const int64_t *size, uint64_t seed) {
@@ -240,18 +219,17 @@ static const char *one_takes_all(const int64_t *size, uint64_t seed) {
     if (K > N)
         return DOES_NOT_APPLY;
     int32_t busy = (int32_t)(seed % (uint64_t)N);
-    schedule s = new_schedule(seed, T, K, N);
+    schedule s SCHEDULE = new_schedule(seed, T, K, N);
     for (int64_t p = 0; p < T * K; p++)
         s.indices[p] = busy;
-    if (reference(&s) != FMOE_OK)
-        return verdict(&s, because("%s", fmoe_error_message()));
+    CALL(reference(&s));
     for (int64_t e = 0; e <= N; e++)
         if (s.offsets[e] != (e <= busy ? 0 : T * K))
-            return verdict(&s, because("busy expert %d: offsets[%d] = %d", busy, (int)e, s.offsets[e]));
+            return because("busy expert %d: offsets[%d] = %d", busy, (int)e, s.offsets[e]);
     for (int64_t p = 0; p < T * K; p++)
         if (s.pairs[p] != p)
-            return verdict(&s, because("position %d holds pair %d", (int)p, s.pairs[p]));
-    return verdict(&s, HOLDS);
+            return because("position %d holds pair %d", (int)p, s.pairs[p]);
+    return HOLDS;
 }
 
 SENTENCE(4, 7, "One expert may take every pair and leave the others empty; T may be 0 and N may be 1.",
@@ -262,18 +240,17 @@ SENTENCE(4, 7, "One expert may take every pair and leave the others empty; T may
 /* Every token chooses all experts, in falling order: expert e's pairs are t·K + (K − 1 − e). */
 static const char *all_chosen(const int64_t *size, uint64_t seed) {
     int64_t T = size[0], K = size[1];
-    schedule s = new_schedule(seed, T, K, K);
+    schedule s SCHEDULE = new_schedule(seed, T, K, K);
     for (int64_t p = 0; p < T * K; p++)
         s.indices[p] = (int32_t)(K - 1 - p % K);
-    if (reference(&s) != FMOE_OK)
-        return verdict(&s, because("%s", fmoe_error_message()));
+    CALL(reference(&s));
     for (int64_t i = 0; i < T * K; i++)
         if (s.pairs[i] != i % T * K + K - 1 - i / T)
-            return verdict(&s, because("position %d holds pair %d", (int)i, s.pairs[i]));
+            return because("position %d holds pair %d", (int)i, s.pairs[i]);
     for (int64_t e = 0; e <= K; e++)
         if (s.offsets[e] != e * T)
-            return verdict(&s, because("offsets[%d] = %d", (int)e, s.offsets[e]));
-    return verdict(&s, HOLDS);
+            return because("offsets[%d] = %d", (int)e, s.offsets[e]);
+    return HOLDS;
 }
 
 SENTENCE(4, 8, "With K = N the schedule is the dense transposition.", "every token chooses every expert",
@@ -287,7 +264,7 @@ SENTENCE(4, 9, "An index outside [0, N) is refused, and the message says which, 
          "an index is a memory address in the making", "the message's text") {
     const int32_t bad[] = {-1, 4, INT32_MIN, INT32_MAX};
     for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {
-        schedule s = new_schedule(fresh_seed(), 3, 2, 4);
+        schedule s SCHEDULE = new_schedule(fresh_seed(), 3, 2, 4);
         s.indices[5] = bad[i];
         fmoe_status status = reference(&s);
         char value[32];
@@ -296,19 +273,19 @@ SENTENCE(4, 9, "An index outside [0, N) is refused, and the message says which, 
         const char *message = fmoe_error_message();
         expect(strstr(message, "indices") && strstr(message, value) && strstr(message, "4"), "index %d: '%s'", bad[i],
                message);
-        free_schedule(&s);
     }
 }
 
 SENTENCE(4, 10, "More pairs than 32-bit positions can number are refused before anything is touched.",
          "T·K beyond 2^31 − 1 would wrap around", "the status, with pointers to nothing much") {
-    int32_t one = 0, offsets[3] = {GUARD, GUARD, GUARD};
+    int32_t one = 0, offsets[3] = {UNWRITTEN, UNWRITTEN, UNWRITTEN};
     const int64_t sizes[][2] = {{INT32_MAX, 2}, {(int64_t)1 << 31, 1}, {INT64_MAX, 2}, {(int64_t)1 << 62, 4}};
     for (size_t i = 0; i < sizeof sizes / sizeof sizes[0]; i++) {
         fmoe_status status = fmoe_schedule(sizes[i][0], sizes[i][1], 2, &one, offsets, &one);
         expect(status == FMOE_OVERFLOW, "T %lld, K %lld: %s", (long long)sizes[i][0], (long long)sizes[i][1],
                fmoe_status_name(status));
-        expect(offsets[0] == GUARD && offsets[2] == GUARD, "T %lld: offsets were written", (long long)sizes[i][0]);
+        expect(offsets[0] == UNWRITTEN && offsets[2] == UNWRITTEN, "T %lld: offsets were written",
+               (long long)sizes[i][0]);
     }
 }
 
@@ -328,14 +305,13 @@ SENTENCE(4, 11, "Sizes below one and missing arrays have a status each; with T =
 
 static const char *ladder_agrees(const int64_t *size, uint64_t seed) {
     static const char *const routings[] = {"uniform", "hot", "normal"};
-    const char *why = HOLDS;
-    for (int r = 0; r < 3 && why == HOLDS; r++) {
+    for (int r = 0; r < 3; r++) {
         int64_t n = fmoe_num_keys(size[2]), limit = r == 2 ? n * n : size[2];
         if (size[1] <= limit)
-            why = rungs_agree(&fmoe_step_schedule, chapter4_rungs, seed, "T%lld-N%lld-K%lld-%s-f32", (long long)size[0],
-                              (long long)size[2], (long long)size[1], routings[r]);
+            CHECK(rungs_agree(&fmoe_step_schedule, chapter4_rungs, seed, "T%lld-N%lld-K%lld-%s-f32", (long long)size[0],
+                              (long long)size[2], (long long)size[1], routings[r]));
     }
-    return why;
+    return HOLDS;
 }
 
 SENTENCE(4, 12, "Every rung gives the reference's schedule, bit for bit, for any sizes and any routing.",
@@ -354,24 +330,19 @@ SENTENCE(4, 13, "Nothing shows where a rung cuts the pairs into chunks and the e
 
 /* The largest expert is always there, or the seam above it would go unseen. */
 static const char *last_expert(const int64_t *size, uint64_t seed) {
-    schedule s = new_schedule(seed, size[0], 2, size[1]);
+    schedule s SCHEDULE = new_schedule(seed, size[0], 2, size[1]);
     for (int64_t p = 0; p < s.T * s.K; p++)
         s.indices[p] = (int32_t)(p % 3 ? s.N - 1 : p % s.N);
-    int32_t *offsets = ints(s.N + 1), *pairs = ints(s.T * s.K);
-    const char *why = reference(&s) == FMOE_OK ? HOLDS : because("%s", fmoe_error_message());
+    int32_t *offsets OWNED = integers(s.N + 2), *pairs OWNED = integers(s.T * s.K + 1);
+    CALL(reference(&s));
     fmoe_schedule_args args = {s.T, s.K, s.N, s.indices, offsets, pairs};
     size_t bytes = cpu_schedule_best_workspace(&args);
-    void *workspace = malloc(bytes + 1);
-    cr_assert(workspace != NULL, "out of memory");
-    if (why == HOLDS && cpu_schedule_best(&args, workspace, bytes, NULL) != FMOE_OK)
-        why = because("N %d: the best rung refuses", (int)s.N);
-    if (why == HOLDS &&
-        (memcmp(offsets, s.offsets, (size_t)(s.N + 2) * 4) || memcmp(pairs, s.pairs, (size_t)(s.T * s.K + 1) * 4)))
-        why = because("N %d: the best rung's schedule is another", (int)s.N);
-    free(workspace);
-    free(offsets);
-    free(pairs);
-    return verdict(&s, why);
+    void *workspace OWNED = workspace_of(bytes);
+    if (cpu_schedule_best(&args, workspace, bytes, NULL) != FMOE_OK)
+        return because("N %d: the best rung refuses", (int)s.N);
+    if (!same_bits(offsets, s.offsets, s.N + 2) || !same_bits(pairs, s.pairs, s.T * s.K + 1))
+        return because("N %d: the best rung's schedule is another", (int)s.N);
+    return HOLDS;
 }
 
 SENTENCE(4, 14, "The rung that later chapters call gives the same on both sides of its switch to two levels.",
@@ -390,23 +361,20 @@ SENTENCE(4, 15, "Every rung writes the same bits with 1, 2, 3 and 7 threads, and
 }
 
 static const char *rungs_refuse(const int64_t *size, uint64_t seed) {
-    schedule s = new_schedule(seed, size[0], size[1], size[2]);
+    schedule s SCHEDULE = new_schedule(seed, size[0], size[1], size[2]);
     s.indices[(int64_t)(seed % (uint64_t)(s.T * s.K))] = (int32_t)size[3];
-    const char *why = HOLDS;
     fmoe_schedule_args args = {s.T, s.K, s.N, s.indices, s.offsets, s.pairs};
-    for (const fmoe_rung *rung = chapter4_rungs; rung->run && why == HOLDS; rung++) {
+    for (const fmoe_rung *rung = chapter4_rungs; rung->run; rung++) {
         size_t bytes = rung->workspace(&args);
-        void *workspace = malloc(bytes + 1);
-        cr_assert(workspace != NULL, "out of memory");
+        void *workspace OWNED = workspace_of(bytes);
         fmoe_status status = rung->run(&args, workspace, bytes, NULL);
-        free(workspace);
         if (status != FMOE_BAD_INDEX)
-            why =
-                because("%s, index %d of %d experts: %s", rung->name, (int)size[3], (int)s.N, fmoe_status_name(status));
-        else if (s.offsets[s.N + 1] != GUARD || s.pairs[s.T * s.K] != GUARD)
-            why = because("%s, index %d: wrote behind an array", rung->name, (int)size[3]);
+            return because("%s, index %d of %d experts: %s", rung->name, (int)size[3], (int)s.N,
+                           fmoe_status_name(status));
+        if (wrote_behind(&s))
+            return because("%s, index %d: wrote behind an array", rung->name, (int)size[3]);
     }
-    return verdict(&s, why);
+    return HOLDS;
 }
 
 SENTENCE(4, 16, "No rung takes an index outside [0, N), and none writes outside its arrays because of one.",
