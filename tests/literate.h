@@ -49,7 +49,8 @@ void expect(bool ok, const char *format, ...) __attribute__((format(printf, 2, 3
 uint64_t fresh_seed(void); /* the run's seed (SEED= repeats it) mixed with a counter */
 
 /* Every rung of a ladder against the step's reference, at the case the name spells; a rung that does not support it is
- * passed over. HOLDS, or which rung failed and where. */
+ * passed over. HOLDS, or which rung failed and where. A case with an output of a few numbers, which may all be near
+ * zero by chance, has to hold in most of nine draws. */
 const char *rungs_agree(const fmoe_step *step, const fmoe_rung *rungs, uint64_t seed, const char *case_format, ...)
     __attribute__((format(printf, 4, 5)));
 /* The rung writes the same bits with 1, 2, 3 and 7 threads and on a second run. */
