@@ -1,61 +1,9 @@
 /* Chapter 9: the backward pass. */
-#include "literate.h"
+#include "values.h"
 
 #include <math.h>
-#include <omp.h>
 #include <stdlib.h>
 #include <string.h>
-
-static void release(void *pointer) {
-    free(*(void **)pointer);
-}
-#define OWNED __attribute__((cleanup(release)))
-
-static float *floats(int64_t count) {
-    float *values = malloc((size_t)count * sizeof *values + 1);
-    cr_assert_not_null(values);
-    for (int64_t i = 0; i < count; i++)
-        values[i] = NAN;
-    return values;
-}
-
-static float *normals(uint64_t seed, uint64_t stream, float scale, int64_t count) {
-    float *values = floats(count);
-    fmoe_fill_normal(seed, stream, scale, count, values);
-    return values;
-}
-
-static float *copy_of(const float *values, int64_t count) {
-    float *copy = floats(count);
-    memcpy(copy, values, (size_t)count * sizeof *copy);
-    return copy;
-}
-
-/* Any indices below limit, repeated ones included. */
-static int32_t *any_indices(uint64_t seed, uint64_t stream, int64_t limit, int64_t count) {
-    int32_t *indices = malloc((size_t)count * sizeof *indices + 1);
-    cr_assert_not_null(indices);
-    for (int64_t i = 0; i < count; i++)
-        indices[i] = (int32_t)(fmoe_random_bits(seed, stream, (uint64_t)i) % (uint64_t)limit);
-    return indices;
-}
-
-static bool same_bits(const float *a, const float *b, int64_t count) {
-    return memcmp(a, b, (size_t)count * sizeof *a) == 0;
-}
-
-#define CALL(call)                                                                                                     \
-    do {                                                                                                               \
-        if ((call) != FMOE_OK)                                                                                         \
-            return because("%s", fmoe_error_message());                                                                \
-    } while (0)
-
-#define CHECK(check)                                                                                                   \
-    do {                                                                                                               \
-        const char *wrong_ = (check);                                                                                  \
-        if (wrong_)                                                                                                    \
-            return wrong_;                                                                                             \
-    } while (0)
 
 /* ---- Finite differences ------------------------------------------------------------------------------------------ */
 
@@ -295,7 +243,7 @@ static void free_experts(expert_context *c) {
     free(c->dy);
     free(c->indices);
 }
-#define EXPERTS __attribute__((cleanup(free_experts)))
+#define EXPERTS FREED(free_experts)
 
 static double expert_loss(void *context) {
     expert_context *c = context;
@@ -465,7 +413,7 @@ static void free_layer(layer_context *c) {
     free(c->dy);
     free(c->indices);
 }
-#define LAYER __attribute__((cleanup(free_layer)))
+#define LAYER FREED(free_layer)
 
 static fmoe_weights layer_weights(const layer_context *c, float *mean, float *var) {
     return (fmoe_weights){c->tensor[1], c->tensor[2], c->tensor[3], c->tensor[4],
@@ -492,7 +440,20 @@ static void free_all(float *(*pointers)[NUM_TENSORS]) {
     for (int i = 0; i < NUM_TENSORS; i++)
         free((*pointers)[i]);
 }
-#define ALL_OWNED __attribute__((cleanup(free_all)))
+#define ALL_OWNED FREED(free_all)
+
+static void new_outputs(const layer_context *c, float **to) {
+    for (int i = 0; i < NUM_TENSORS; i++)
+        to[i] = floats(c->count[i]);
+}
+
+/* Gradients that are there already, and a copy of them. */
+static void new_sums(const layer_context *c, uint64_t seed, uint64_t stream, float **before, float **sums) {
+    for (int i = 0; i < NUM_TENSORS; i++) {
+        before[i] = normals(seed, stream + (uint64_t)i, 1, c->count[i]);
+        sums[i] = copy_of(before[i], c->count[i]);
+    }
+}
 
 static const char *layer_gradient(const int64_t *size, uint64_t seed) {
     int64_t T = size[0], N = size[3], K = size[4], n = fmoe_num_keys(N);
@@ -501,8 +462,7 @@ static const char *layer_gradient(const int64_t *size, uint64_t seed) {
     layer_context c LAYER = new_layer(seed, T, size[1], size[2], N, K, size[5] != 0, size[6] != 0);
     float *to[NUM_TENSORS] ALL_OWNED = {NULL};
     float *mean OWNED = copy_of(c.mean, size[1]), *var OWNED = copy_of(c.var, size[1]);
-    for (int i = 0; i < NUM_TENSORS; i++)
-        to[i] = floats(c.count[i]);
+    new_outputs(&c, to);
     CALL(layer_backward(&c, FMOE_OVERWRITE, to));
     if (!same_bits(mean, c.mean, size[1]) || !same_bits(var, c.var, size[1]))
         return because("the backward pass moved a running buffer");
@@ -538,11 +498,8 @@ static const char *accumulates(const int64_t *size, uint64_t seed) {
     layer_context c LAYER = new_layer(seed, size[0], size[1], size[2], N, K, true, false);
     float *fresh[NUM_TENSORS] ALL_OWNED = {NULL}, *before[NUM_TENSORS] ALL_OWNED = {NULL};
     float *after[NUM_TENSORS] ALL_OWNED = {NULL};
-    for (int i = 0; i < NUM_TENSORS; i++) {
-        fresh[i] = floats(c.count[i]); /* NaN, which only overwriting gets rid of */
-        before[i] = normals(seed, 50 + (uint64_t)i, 1, c.count[i]);
-        after[i] = copy_of(before[i], c.count[i]);
-    }
+    new_outputs(&c, fresh); /* NaN, which only overwriting gets rid of */
+    new_sums(&c, seed, 50, before, after);
     CALL(layer_backward(&c, FMOE_OVERWRITE, fresh));
     CALL(layer_backward(&c, FMOE_ACCUMULATE, after));
     if (!same_bits(fresh[0], after[0], c.count[0]))
@@ -563,8 +520,7 @@ static const char *each_optional(const int64_t *size, uint64_t seed) {
         return DOES_NOT_APPLY;
     layer_context c LAYER = new_layer(seed, size[0], size[1], size[2], N, K, true, true);
     float *all[NUM_TENSORS] ALL_OWNED = {NULL};
-    for (int i = 0; i < NUM_TENSORS; i++)
-        all[i] = floats(c.count[i]);
+    new_outputs(&c, all);
     CALL(layer_backward(&c, FMOE_OVERWRITE, all));
     for (int i = 0; i < NUM_TENSORS; i++) {
         float *alone OWNED = floats(c.count[i]), *to[NUM_TENSORS] = {NULL};
@@ -592,11 +548,8 @@ static const char *no_tokens(const int64_t *size, uint64_t seed) {
     layer_context c LAYER = new_layer(seed, 0, size[0], size[1], size[2], 1, size[3] != 0, true);
     float *zero[NUM_TENSORS] ALL_OWNED = {NULL}, *kept[NUM_TENSORS] ALL_OWNED = {NULL};
     float *before[NUM_TENSORS] ALL_OWNED = {NULL};
-    for (int i = 0; i < NUM_TENSORS; i++) {
-        zero[i] = floats(c.count[i]);
-        before[i] = normals(seed, 60 + (uint64_t)i, 1, c.count[i]);
-        kept[i] = copy_of(before[i], c.count[i]);
-    }
+    new_outputs(&c, zero);
+    new_sums(&c, seed, 60, before, kept);
     CALL(layer_backward(&c, FMOE_OVERWRITE, zero));
     CALL(layer_backward(&c, FMOE_ACCUMULATE, kept));
     for (int i = 1; i < NUM_TENSORS; i++) {
@@ -623,21 +576,14 @@ static const char *reference_repeats(const int64_t *size, uint64_t seed) {
     if (K > n * n || size[0] < 2)
         return DOES_NOT_APPLY;
     layer_context c LAYER = new_layer(seed, size[0], size[1], size[2], N, K, true, true);
-    static const int threads[] = {1, 2, 3, 7, 2};
     float *first[NUM_TENSORS] ALL_OWNED = {NULL}, *again[NUM_TENSORS] ALL_OWNED = {NULL};
-    int before = omp_get_max_threads();
-    for (int i = 0; i < NUM_TENSORS; i++) {
-        first[i] = floats(c.count[i]);
-        again[i] = floats(c.count[i]);
-    }
-    for (int run = 0; run < 5; run++) {
-        omp_set_num_threads(threads[run]);
-        fmoe_status status = layer_backward(&c, FMOE_OVERWRITE, run ? again : first);
-        omp_set_num_threads(before);
-        CALL(status);
-        for (int i = 0; run && i < NUM_TENSORS; i++)
+    new_outputs(&c, first);
+    new_outputs(&c, again);
+    FOR_THREADS(run) {
+        CALL(layer_backward(&c, FMOE_OVERWRITE, run.turn ? again : first));
+        for (int i = 0; run.turn && i < NUM_TENSORS; i++)
             if (!same_bits(first[i], again[i], c.count[i]))
-                return because("d%s with %d threads differs from one thread's", tensor_names[i], threads[run]);
+                return because("d%s with %d threads differs from one thread's", tensor_names[i], run.threads);
     }
     return HOLDS;
 }
@@ -734,59 +680,48 @@ SENTENCE(9, 19, "Every rung of the four ladders writes the same bits with any nu
 
 /* ---- Bad input --------------------------------------------------------------------------------------------------- */
 
-static void refused(const char *what, fmoe_status status, fmoe_status wanted, const char *words) {
-    expect(status == wanted, "%s: status is %s, should be %s", what, fmoe_status_name(status),
-           fmoe_status_name(wanted));
-    expect(strstr(fmoe_error_message(), words), "%s: the message is \"%s\"", what, fmoe_error_message());
-}
-
 SENTENCE(9, 20, "Every backward function refuses what its forward function refuses, and names it.",
          "a status and a message, never a crash, and nothing written", "the contract") {
     float a[64] = {0}, out[64];
     int32_t indices[8] = {0, 1, 2, 3, 0, 1, 2, 9};
     for (int i = 0; i < 64; i++)
         out[i] = 7;
-    refused("one token", fmoe_router_norm_backward(true, 1, 2, a, a, a, a, out), FMOE_BATCH_OF_ONE, "tokens = 1");
-    refused("no mean", fmoe_router_norm_backward(false, 2, 2, a, NULL, a, a, out), FMOE_NULL_POINTER, "running_mean");
-    refused("no dx", fmoe_router_norm_backward(true, 2, 2, a, a, a, a, NULL), FMOE_NULL_POINTER, "dx");
-    refused("no units", fmoe_router_logits_backward(2, 0, 2, a, a, a, FMOE_OVERWRITE, out, out), FMOE_BAD_SIZE,
-            "hidden_size = 0");
-    refused("no dlogits", fmoe_router_logits_backward(2, 2, 2, a, a, NULL, FMOE_OVERWRITE, out, out), FMOE_NULL_POINTER,
-            "dlogits");
-    refused("no keys", fmoe_log_softmax_backward(2, -1, a, a, out), FMOE_BAD_SIZE, "num_keys = -1");
-    refused("no dlog_probs", fmoe_log_softmax_backward(2, 2, a, NULL, out), FMOE_NULL_POINTER, "dlog_probs");
-    refused("K", fmoe_topk_backward(1, 2, 5, false, a, indices, a, a, out), FMOE_BAD_TOPK, "5 exceeds n² = 4");
-    refused("index", fmoe_topk_backward(2, 3, 4, false, a, indices, a, a, out), FMOE_BAD_INDEX, "indices[1, 3] = 9");
-    refused("no indices", fmoe_topk_backward(1, 2, 2, false, a, NULL, a, a, out), FMOE_NULL_POINTER, "indices");
-    refused("expert index",
-            fmoe_expert_backward(2, 2, 9, 4, a, a, a, indices, a, a, FMOE_OVERWRITE, out, out, out, out),
+    refused(fmoe_router_norm_backward(true, 1, 2, a, a, a, a, out), FMOE_BATCH_OF_ONE, "tokens = 1");
+    refused(fmoe_router_norm_backward(false, 2, 2, a, NULL, a, a, out), FMOE_NULL_POINTER, "running_mean");
+    refused(fmoe_router_norm_backward(true, 2, 2, a, a, a, a, NULL), FMOE_NULL_POINTER, "dx");
+    refused(fmoe_router_logits_backward(2, 0, 2, a, a, a, FMOE_OVERWRITE, out, out), FMOE_BAD_SIZE, "hidden_size = 0");
+    refused(fmoe_router_logits_backward(2, 2, 2, a, a, NULL, FMOE_OVERWRITE, out, out), FMOE_NULL_POINTER, "dlogits");
+    refused(fmoe_log_softmax_backward(2, -1, a, a, out), FMOE_BAD_SIZE, "num_keys = -1");
+    refused(fmoe_log_softmax_backward(2, 2, a, NULL, out), FMOE_NULL_POINTER, "dlog_probs");
+    refused(fmoe_topk_backward(1, 2, 5, false, a, indices, a, a, out), FMOE_BAD_TOPK, "5 exceeds n² = 4");
+    refused(fmoe_topk_backward(2, 3, 4, false, a, indices, a, a, out), FMOE_BAD_INDEX, "indices[1, 3] = 9");
+    refused(fmoe_topk_backward(1, 2, 2, false, a, NULL, a, a, out), FMOE_NULL_POINTER, "indices");
+    refused(fmoe_expert_backward(2, 2, 9, 4, a, a, a, indices, a, a, FMOE_OVERWRITE, out, out, out, out),
             FMOE_BAD_INDEX, "[0, num_experts = 9)");
-    refused("no dy", fmoe_expert_backward(1, 2, 9, 4, a, a, a, indices, a, NULL, FMOE_OVERWRITE, out, out, out, out),
+    refused(fmoe_expert_backward(1, 2, 9, 4, a, a, a, indices, a, NULL, FMOE_OVERWRITE, out, out, out, out),
             FMOE_NULL_POINTER, "dy");
-    refused("experts", fmoe_expert_backward(1, 2, 3, 4, a, a, a, indices, a, a, FMOE_OVERWRITE, out, out, out, out),
-            FMOE_BAD_TOPK, "4 exceeds num_experts = 3");
+    refused(fmoe_expert_backward(1, 2, 3, 4, a, a, a, indices, a, a, FMOE_OVERWRITE, out, out, out, out), FMOE_BAD_TOPK,
+            "4 exceeds num_experts = 3");
     refused(
-        "pairs",
         fmoe_expert_backward(INT64_C(1) << 31, 1, 2, 2, a, a, a, indices, a, a, FMOE_OVERWRITE, NULL, NULL, NULL, NULL),
         FMOE_OVERFLOW, "tokens × num_experts_per_tok");
-    refused("size", fmoe_mlp_backward(INT64_MAX / 2, 2, 2, a, a, a, a, a, FMOE_OVERWRITE, out, out, out, out),
-            FMOE_OVERFLOW, "tokens × hidden_size");
-    refused("no neurons", fmoe_mlp_backward(1, 2, 0, a, a, a, a, a, FMOE_OVERWRITE, out, out, out, out), FMOE_BAD_SIZE,
+    refused(fmoe_mlp_backward(INT64_MAX / 2, 2, 2, a, a, a, a, a, FMOE_OVERWRITE, out, out, out, out), FMOE_OVERFLOW,
+            "tokens × hidden_size");
+    refused(fmoe_mlp_backward(1, 2, 0, a, a, a, a, a, FMOE_OVERWRITE, out, out, out, out), FMOE_BAD_SIZE,
             "intermediate_size = 0");
-    refused("no mlp dy", fmoe_mlp_backward(1, 2, 2, a, a, a, a, NULL, FMOE_OVERWRITE, out, out, out, out),
-            FMOE_NULL_POINTER, "dy");
+    refused(fmoe_mlp_backward(1, 2, 2, a, a, a, a, NULL, FMOE_OVERWRITE, out, out, out, out), FMOE_NULL_POINTER, "dy");
 
     fmoe_config config = {2, 2, 4, 2, false};
     fmoe_weights weights = {a, a, a, a, a, a, a, a};
     fmoe_gradients gradients = {out, out, out, out, out, out, out};
-    refused("layer index", fmoe_layer_backward(&config, &weights, false, 4, a, indices, a, FMOE_OVERWRITE, &gradients),
-            FMOE_BAD_INDEX, "indices[3, 1] = 9");
-    refused("layer gradients", fmoe_layer_backward(&config, &weights, false, 1, a, indices, a, FMOE_OVERWRITE, NULL),
-            FMOE_NULL_POINTER, "gradients");
-    refused("layer of one", fmoe_layer_backward(&config, &weights, true, 1, a, indices, a, FMOE_OVERWRITE, &gradients),
+    refused(fmoe_layer_backward(&config, &weights, false, 4, a, indices, a, FMOE_OVERWRITE, &gradients), FMOE_BAD_INDEX,
+            "indices[3, 1] = 9");
+    refused(fmoe_layer_backward(&config, &weights, false, 1, a, indices, a, FMOE_OVERWRITE, NULL), FMOE_NULL_POINTER,
+            "gradients");
+    refused(fmoe_layer_backward(&config, &weights, true, 1, a, indices, a, FMOE_OVERWRITE, &gradients),
             FMOE_BATCH_OF_ONE, "tokens = 1");
     weights.up_proj = NULL;
-    refused("layer weight", fmoe_layer_backward(&config, &weights, false, 1, a, indices, a, FMOE_OVERWRITE, &gradients),
+    refused(fmoe_layer_backward(&config, &weights, false, 1, a, indices, a, FMOE_OVERWRITE, &gradients),
             FMOE_NULL_POINTER, "up_proj.weight");
     for (int i = 0; i < 64; i++)
         expect(out[i] == 7, "a refused call wrote to an output");

@@ -1,44 +1,27 @@
 /* Chapter 7: four strategies for one expert step, and the rule that chooses between them. */
-#include "literate.h"
+#include "values.h"
 
 #include "../chapters/7-strategies/strategies.h"
 
 #include <math.h>
-#include <omp.h>
 #include <stdlib.h>
 #include <string.h>
 
-static void *allocate(size_t bytes) {
-    void *memory = calloc(bytes + 1, 1);
-    cr_assert(memory != NULL, "out of memory");
-    return memory;
+/* "T d N K" to a problem of float32. */
+static fmoe_problem problem_of(const int64_t *size, const char *routing, uint64_t seed) {
+    return new_problem(&fmoe_step_expert, seed, "T%lld-d%lld-N%lld-K%lld-%s-f32", (long long)size[0],
+                       (long long)size[1], (long long)size[2], (long long)size[3], routing);
 }
-
-static fmoe_problem new_problem(const char *name, uint64_t seed) {
-    fmoe_case c;
-    fmoe_problem p = {0};
-    fmoe_status status = fmoe_case_parse(name, &c);
-    if (status == FMOE_OK)
-        status = fmoe_problem_new(&fmoe_step_expert, &c, seed, &p);
-    cr_assert(status == FMOE_OK, "%s: %s", name, fmoe_error_message());
-    return p;
-}
-
-static size_t output_bytes(const fmoe_expert_args *a) {
-    return (size_t)(a->T * a->d) * fmoe_dtype_size(a->dtype);
-}
+#define PROBLEM FREED(fmoe_problem_free)
 
 /* What a rung writes, in memory of its own; NULL if it refuses. */
-static void *run(const fmoe_rung *rung, const fmoe_expert_args *args) {
+static float *run(const fmoe_rung *rung, const fmoe_expert_args *args) {
     fmoe_expert_args a = *args;
-    void *y = allocate(output_bytes(&a));
+    float *y = floats(a.T * a.d);
     a.y = y;
     size_t bytes = rung->workspace(&a);
-    void *workspace = aligned_alloc(256, (bytes + 511) / 256 * 256);
-    cr_assert(workspace != NULL, "out of memory");
-    fmoe_status status = rung->run(&a, workspace, bytes, NULL);
-    free(workspace);
-    if (status == FMOE_OK)
+    void *workspace OWNED = workspace_of(bytes);
+    if (rung->run(&a, workspace, bytes, NULL) == FMOE_OK)
         return y;
     free(y);
     return NULL;
@@ -53,19 +36,20 @@ static int32_t *indices_of(const fmoe_problem *p) {
 static const char *const dtypes[] = {"f32", "f16", "bf16"};
 
 static const char *agree(const char *routing, const int64_t *size, uint64_t seed) {
-    const char *why = HOLDS;
-    for (int t = 0; t < 3 && why == HOLDS; t++)
-        why = rungs_agree(&fmoe_step_expert, chapter7_rungs, seed, "T%lld-d%lld-N%lld-K%lld-%s-%s", (long long)size[0],
-                          (long long)size[1], (long long)size[2], (long long)size[3], routing, dtypes[t]);
-    return why;
+    if (size[3] > size[2])
+        return DOES_NOT_APPLY;
+    for (int t = 0; t < 3; t++)
+        CHECK(rungs_agree(&fmoe_step_expert, chapter7_rungs, seed, "T%lld-d%lld-N%lld-K%lld-%s-%s", (long long)size[0],
+                          (long long)size[1], (long long)size[2], (long long)size[3], routing, dtypes[t]));
+    return HOLDS;
 }
 
 static const char *agree_uniform(const int64_t *size, uint64_t seed) {
-    return size[3] > size[2] ? DOES_NOT_APPLY : agree("uniform", size, seed);
+    return agree("uniform", size, seed);
 }
 
 static const char *agree_hot(const int64_t *size, uint64_t seed) {
-    return size[3] > size[2] ? DOES_NOT_APPLY : agree("hot", size, seed);
+    return agree("hot", size, seed);
 }
 
 static const char *agree_normal(const int64_t *size, uint64_t seed) {
@@ -107,26 +91,14 @@ static void poison(const fmoe_problem *p, const bool *spoil) {
 }
 
 static const char *unchosen_stay_out(const int64_t *size, uint64_t seed) {
-    char name[96];
-    snprintf(name, sizeof name, "T%lld-d%lld-N%lld-K%lld-uniform-f32", (long long)size[0], (long long)size[1],
-             (long long)size[2], (long long)size[3]);
-    fmoe_problem p = new_problem(name, seed);
+    fmoe_problem p PROBLEM = problem_of(size, "uniform", seed);
     const fmoe_expert_args *a = p.args;
-    bool *idle = allocate((size_t)a->N);
+    bool *idle OWNED = poisoned(a->N, sizeof *idle);
     memset(idle, true, (size_t)a->N);
     for (int64_t i = 0; i < a->T * a->K; i++)
         idle[a->indices[i]] = false;
     poison(&p, idle);
-    const char *why = HOLDS;
-    for (const fmoe_rung *rung = chapter7_rungs; rung->run && why == HOLDS; rung++) {
-        char reason[256];
-        double error;
-        if (fmoe_rung_check(rung, &p, &error, reason) != FMOE_OK || !(error <= fmoe_error_limit(FMOE_F32)))
-            why = because("%s: %s", rung->name, reason);
-    }
-    free(idle);
-    fmoe_problem_free(&p);
-    return why;
+    return rungs_right(chapter7_rungs, &p);
 }
 
 SENTENCE(7, 4, "An expert that nobody chose may hold NaN or infinity: it does not reach y.",
@@ -135,35 +107,29 @@ SENTENCE(7, 4, "An expert that nobody chose may hold NaN or infinity: it does no
 }
 
 static const char *bad_expert_stays_with_its_tokens(const int64_t *size, uint64_t seed) {
-    char name[96];
-    snprintf(name, sizeof name, "T%lld-d%lld-N%lld-K%lld-uniform-f32", (long long)size[0], (long long)size[1],
-             (long long)size[2], (long long)size[3]);
-    fmoe_problem p = new_problem(name, seed);
+    fmoe_problem p PROBLEM = problem_of(size, "uniform", seed);
     const fmoe_expert_args *a = p.args;
-    bool *spoiled = allocate((size_t)a->N);
+    bool *spoiled OWNED = zeros(a->N, sizeof *spoiled);
     int32_t bad = a->indices[0];
     spoiled[bad] = true;
-    const char *why = HOLDS;
-    for (int s = 0; s < NUM_STRATEGIES && why == HOLDS; s++) {
-        float *before = run(&chapter7_rungs[s], a);
+    for (int s = 0; s < NUM_STRATEGIES; s++) {
+        float *before OWNED = run(&chapter7_rungs[s], a);
         if (s == 0)
             poison(&p, spoiled);
-        float *after = run(&chapter7_rungs[s], a);
-        for (int64_t t = 0; before && after && t < a->T && why == HOLDS; t++) {
+        float *after OWNED = run(&chapter7_rungs[s], a);
+        if (!before || !after)
+            return because("%s refuses", chapter7_rungs[s].name);
+        for (int64_t t = 0; t < a->T; t++) {
             bool chose = false;
             for (int64_t k = 0; k < a->K; k++)
                 chose |= a->indices[t * a->K + k] == bad;
-            for (int64_t i = 0; i < a->d && why == HOLDS; i++)
+            for (int64_t i = 0; i < a->d; i++)
                 if (isfinite(after[t * a->d + i]) == chose)
-                    why = because("%s: token %d %s expert %d, y[%d] = %g", chapter7_rungs[s].name, (int)t,
-                                  chose ? "chose" : "did not choose", bad, (int)i, (double)after[t * a->d + i]);
+                    return because("%s: token %d %s expert %d, y[%d] = %g", chapter7_rungs[s].name, (int)t,
+                                   chose ? "chose" : "did not choose", bad, (int)i, (double)after[t * a->d + i]);
         }
-        free(before);
-        free(after);
     }
-    free(spoiled);
-    fmoe_problem_free(&p);
-    return why;
+    return HOLDS;
 }
 
 SENTENCE(7, 5, "A broken expert spoils the tokens that chose it and no other, by every strategy.",
@@ -174,13 +140,16 @@ SENTENCE(7, 5, "A broken expert spoils the tokens that chose it and no other, by
 
 /* ---- Cartesian rows ---------------------------------------------------------------------------------------------- */
 
+/* What the counting half of Cartesian rows finds in a problem. */
+static fmoe_status rows_of(const fmoe_problem *p, row_counts *counts) {
+    void *workspace OWNED = workspace_of(rows_workspace(p->args));
+    return count_rows(p->args, workspace, counts);
+}
+
 static const char *groups_counted(const int64_t *size, uint64_t seed) {
-    char name[96];
-    snprintf(name, sizeof name, "T%lld-d1-N%lld-K%lld-uniform-f32", (long long)size[0], (long long)size[1],
-             (long long)size[2]);
     if (size[2] > size[1])
         return DOES_NOT_APPLY;
-    fmoe_problem p = new_problem(name, seed);
+    fmoe_problem p PROBLEM = problem_of((int64_t[]){size[0], 1, size[1], size[2]}, "uniform", seed);
     const fmoe_expert_args *a = p.args;
     int64_t n = (int64_t)floor(sqrt((double)a->N)), rows = (a->N + n - 1) / n;
     row_counts expected = {0, 0}, counts = {-1, -1};
@@ -192,12 +161,7 @@ static const char *groups_counted(const int64_t *size, uint64_t seed) {
             expected.groups += any;
             expected.products += any ? ((row + 1) * n < a->N ? n : a->N - row * n) : 0;
         }
-    void *workspace = aligned_alloc(256, (rows_workspace(a) + 511) / 256 * 256);
-    cr_assert(workspace != NULL, "out of memory");
-    fmoe_status status = count_rows(a, workspace, &counts);
-    free(workspace);
-    fmoe_problem_free(&p);
-    if (status != FMOE_OK || counts.groups != expected.groups || counts.products != expected.products)
+    if (rows_of(&p, &counts) != FMOE_OK || counts.groups != expected.groups || counts.products != expected.products)
         return because("%lld groups and %lld products, there are %lld and %lld", (long long)counts.groups,
                        (long long)counts.products, (long long)expected.groups, (long long)expected.products);
     return HOLDS;
@@ -210,16 +174,10 @@ SENTENCE(7, 6, "Cartesian rows forms a tile row for each distinct (token, e / n)
 }
 
 static double rows_a_token(const char *name, double *model) {
-    fmoe_problem p = new_problem(name, fresh_seed());
-    void *workspace = aligned_alloc(256, (rows_workspace(p.args) + 511) / 256 * 256);
-    cr_assert(workspace != NULL, "out of memory");
+    fmoe_problem p PROBLEM = new_problem(&fmoe_step_expert, fresh_seed(), "%s", name);
     row_counts counts = {0, 0};
-    fmoe_status status = count_rows(p.args, workspace, &counts);
     *model = strategy_rows_a_token(p.args);
-    free(workspace);
-    double rows = (double)counts.groups / (double)p.c.T;
-    fmoe_problem_free(&p);
-    return status == FMOE_OK ? rows : NAN;
+    return rows_of(&p, &counts) == FMOE_OK ? (double)counts.groups / (double)p.c.T : NAN;
 }
 
 SENTENCE(7, 7, "64 experts of a router's choice lie in about 18 of the 128 rows, 64 drawn uniformly in about 50.",
@@ -291,23 +249,16 @@ SENTENCE(7, 8, "The chooser takes the strategy that the chapter's cost table say
 }
 
 static const char *takes_what_it_names(const int64_t *size, uint64_t seed) {
-    char name[96];
-    snprintf(name, sizeof name, "T%lld-d%lld-N%lld-K%lld-uniform-f32", (long long)size[0], (long long)size[1],
-             (long long)size[2], (long long)size[3]);
-    fmoe_problem p = new_problem(name, seed);
+    fmoe_problem p PROBLEM = problem_of(size, "uniform", seed);
     fmoe_expert_args a = *(fmoe_expert_args *)p.args;
-    const char *why = HOLDS;
-    for (int hint = 0; hint < 2 && why == HOLDS; hint++) {
+    for (int hint = 0; hint < 2; hint++) {
         a.from_router = hint;
         strategy s = strategy_choose(&a);
-        void *chosen = run(&chapter7_rungs[NUM_STRATEGIES], &a), *named = run(&chapter7_rungs[s], &a);
-        if (!chosen || !named || memcmp(chosen, named, output_bytes(&a)))
-            why = because("it names %s and writes other bits", strategy_names[s]);
-        free(chosen);
-        free(named);
+        float *chosen OWNED = run(&chapter7_rungs[NUM_STRATEGIES], &a), *named OWNED = run(&chapter7_rungs[s], &a);
+        if (!chosen || !named || !same_bits(chosen, named, a.T * a.d))
+            return because("it names %s and writes other bits", strategy_names[s]);
     }
-    fmoe_problem_free(&p);
-    return why;
+    return HOLDS;
 }
 
 SENTENCE(7, 9, "The chooser writes the bits of the strategy that it names.", "it adds nothing of its own",
@@ -317,25 +268,18 @@ SENTENCE(7, 9, "The chooser writes the bits of the strategy that it names.", "it
 }
 
 static const char *hint_is_a_hint(const int64_t *size, uint64_t seed) {
-    char name[96];
-    snprintf(name, sizeof name, "T%lld-d%lld-N%lld-K%lld-normal-f32", (long long)size[0], (long long)size[1],
-             (long long)size[2], (long long)size[3]);
-    fmoe_problem p = new_problem(name, seed);
+    fmoe_problem p PROBLEM = problem_of(size, "normal", seed);
     fmoe_expert_args *a = p.args;
-    const char *why = HOLDS;
-    for (const fmoe_rung *rung = chapter7_rungs; rung->run && why == HOLDS; rung++) {
+    for (const fmoe_rung *rung = chapter7_rungs; rung->run; rung++) {
         a->from_router = true;
-        void *with = run(rung, a);
+        float *with OWNED = run(rung, a);
         a->from_router = false;
-        void *without = run(rung, a);
+        float *without OWNED = run(rung, a);
         double error = with && without ? fmoe_relative_error(a->T * a->d, with, without, 0) : INFINITY;
         if (rung - chapter7_rungs < NUM_STRATEGIES ? error != 0 : !(error <= fmoe_error_limit(FMOE_F32)))
-            why = because("%s: the hint moves y by %g", rung->name, error);
-        free(with);
-        free(without);
+            return because("%s: the hint moves y by %g", rung->name, error);
     }
-    fmoe_problem_free(&p);
-    return why;
+    return HOLDS;
 }
 
 SENTENCE(7, 10, "The hint that indices come from the router changes speed, never a result.",
@@ -352,18 +296,17 @@ SENTENCE(7, 10, "The hint that indices come from the router changes speed, never
 
 SENTENCE(7, 11, "The choice depends on sizes, type and hint alone: not on the indices, not on the number of threads.",
          "another choice would give other bits", "the same call with other indices and other threads") {
-    int before = omp_get_max_threads();
     for (int i = 0; i < 50; i++) {
         fmoe_expert_args a = random_args(), b = a;
         int32_t index = 0;
         b.indices = &index;
-        omp_set_num_threads(1);
-        strategy one = strategy_choose(&a);
-        omp_set_num_threads(7);
-        strategy seven = strategy_choose(&b);
-        expect(one == seven, "%s with one thread, %s with seven", strategy_names[one], strategy_names[seven]);
+        strategy one = STRATEGY_TOKEN;
+        FOR_THREADS(run) {
+            strategy any = strategy_choose(run.turn ? &b : &a);
+            one = run.turn ? one : any;
+            expect(any == one, "%s with one thread, %s with %d", strategy_names[one], strategy_names[any], run.threads);
+        }
     }
-    omp_set_num_threads(before);
 }
 
 /* ---- Threads, memory, bad input ---------------------------------------------------------------------------------- */
@@ -390,19 +333,16 @@ SENTENCE(7, 13, "Dense and Cartesian rows work in tiles: neither keeps T × N fl
 }
 
 static const char *bad_index_refused(const int64_t *size, uint64_t seed) {
-    fmoe_problem p = new_problem("T9-d4-N50-K3-uniform-f32", seed);
-    const char *why = HOLDS;
+    fmoe_problem p PROBLEM = problem_of((int64_t[]){9, 4, 50, 3}, "uniform", seed);
     int32_t *indices = indices_of(&p);
     int64_t at = (int64_t)(seed % 27);
     indices[at] = (int32_t)size[0] - 1;
-    for (int s = STRATEGY_DENSE; s <= STRATEGY_ROWS && why == HOLDS; s++) {
-        void *y = run(&chapter7_rungs[s], p.args);
+    for (int s = STRATEGY_DENSE; s <= STRATEGY_ROWS; s++) {
+        float *y OWNED = run(&chapter7_rungs[s], p.args);
         if (y)
-            why = because("%s takes index %d of 50 experts at pair %d", strategy_names[s], indices[at], (int)at);
-        free(y);
+            return because("%s takes index %d of 50 experts at pair %d", strategy_names[s], indices[at], (int)at);
     }
-    fmoe_problem_free(&p);
-    return why;
+    return HOLDS;
 }
 
 SENTENCE(7, 14, "Dense and Cartesian rows refuse an index outside [0, N).", "they sort before they read",
