@@ -25,7 +25,7 @@ LDLIBS_ALL = -ljansson -lm -ldl $(LDLIBS)
 
 REF     = $(wildcard ref_cpu/*.c)
 SHARED  = $(wildcard chapters/*.c)
-RUNGS   = $(wildcard chapters/*/cpu.c)
+RUNGS   = $(filter-out %/main.c,$(wildcard chapters/*/*.c))
 TESTS  ?= $(filter-out tests/race.c,$(wildcard tests/*.c))
 NUMBERS = 0 1 2 3 4 5 6 7 8 9
 
@@ -40,7 +40,7 @@ help: ## this list
 
 $(BUILD)/ref_cpu/%.o: CFLAGS += -ffp-contract=off
 # The rungs may fuse (gcc would not in ISO C): they are held to a limit of error, not to bits of another build.
-$(BUILD)/chapters/%/cpu.o $(BUILD)/chapters/gemm.o: CFLAGS += -ffp-contract=fast
+$(call object,$(RUNGS) chapters/gemm.c): CFLAGS += -ffp-contract=fast
 $(BUILD)/%.o: %.c
 	@mkdir -p $(@D)
 	$(CC) $(CFLAGS_ALL) -MMD -MP -c $< -o $@

@@ -42,6 +42,15 @@ typedef struct {
     const void *pair;      /* optional, B only: a second matrix of the same form (see gemm_epilogue) */
 } gemm_operand;
 
+/* A matrix [rows, columns] as an operand: its rows, or its columns, become rows of the product. */
+static inline gemm_operand by_rows(fmoe_dtype dtype, const void *data, int64_t columns) {
+    return (gemm_operand){.dtype = dtype, .data = data, .row_stride = columns, .depth_stride = 1};
+}
+
+static inline gemm_operand by_columns(fmoe_dtype dtype, const void *data, int64_t columns) {
+    return (gemm_operand){.dtype = dtype, .data = data, .row_stride = 1, .depth_stride = columns};
+}
+
 /* Takes a finished tile: values[r][c] is element (row + r, column + c) of C. Called once for every tile, from several
  * threads, in any order. Where B has a pair, a tile holds GEMM_VECTOR columns of both products: those of the pair
  * are values[r][GEMM_VECTOR + c]. */

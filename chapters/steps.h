@@ -144,7 +144,7 @@ extern const fmoe_step fmoe_step_router, fmoe_step_topk, fmoe_step_schedule, fmo
     fmoe_step_layer, fmoe_step_topk_backward, fmoe_step_expert_backward, fmoe_step_mlp_backward,
     fmoe_step_layer_backward;
 
-/* The CPU ladders, one in each chapter's cpu.c, each ended by a rung whose run is NULL. */
+/* The CPU ladders, in each chapter's cpu.c (chapter 9: a file a ladder), each ended by a rung whose run is NULL. */
 extern const fmoe_rung chapter1_rungs[], chapter2_rungs[], chapter3_rungs[], chapter4_rungs[], chapter5_rungs[],
     chapter6_rungs[], chapter7_rungs[], chapter8_rungs[];
 extern const fmoe_rung chapter9_topk_rungs[], chapter9_expert_rungs[], chapter9_mlp_rungs[], chapter9_layer_rungs[];

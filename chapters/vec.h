@@ -1,4 +1,5 @@
-/* Rows of any storage type for the CPU rungs: load a row as float32, dot, add a multiple, store.
+/* Rows of any storage type for the CPU rungs: load a row as float32, dot, add a multiple, store; and two functions
+ * of float32 rows that softmax needs.
  *
  * A rung that works row by row reads float32 rows in place and converts 16-bit rows into a small buffer that stays in
  * the first-level cache; the arithmetic is float32 either way. `omp simd` lets the compiler reorder the sums, which C
@@ -35,6 +36,16 @@ static inline void store_row(fmoe_dtype dtype, void *tensor, int64_t row, int64_
     fmoe_from_f32(dtype, d, values, (char *)tensor + row * d * (int64_t)fmoe_dtype_size(dtype));
 }
 
+// [serial-dot]
+/* C may not reorder a sum, so each addition waits for the one before it. */
+static inline float serial_dot(int64_t count, const float *a, const float *b) {
+    float sum = 0;
+    for (int64_t i = 0; i < count; i++)
+        sum += a[i] * b[i];
+    return sum;
+}
+// [/serial-dot]
+
 static inline float dot(int64_t d, const float *a, const float *b) {
     float sum = 0;
 #pragma omp simd reduction(+ : sum)
@@ -47,6 +58,24 @@ static inline void add_scaled(int64_t d, float scale, const float *a, float *sum
 #pragma omp simd
     for (int64_t i = 0; i < d; i++)
         sum[i] += scale * a[i];
+}
+
+/* In lanes by hand: a float maximum is no reduction that every compiler vectorises. */
+static inline float largest(int64_t n, const float *z) {
+    enum { WIDTH = 16 };
+    float lane[WIDTH], max = z[0];
+    int64_t i = 0;
+    for (int l = 0; l < WIDTH; l++)
+        lane[l] = max;
+    for (; i + WIDTH <= n; i += WIDTH)
+#pragma omp simd
+        for (int l = 0; l < WIDTH; l++)
+            lane[l] = z[i + l] > lane[l] ? z[i + l] : lane[l];
+    for (int l = 0; l < WIDTH; l++)
+        max = lane[l] > max ? lane[l] : max;
+    for (; i < n; i++)
+        max = z[i] > max ? z[i] : max;
+    return max;
 }
 
 /* exp without a call, so that a loop over it vectorises: exp(x) = 2^k · exp(r), r = x − k ln 2, |r| ≤ ln 2 / 2, and

@@ -3,6 +3,7 @@
 #include "../gemm.h"
 #include "../steps.h"
 #include "../vec.h"
+#include "../workspace.h"
 
 #include <omp.h>
 
@@ -64,12 +65,6 @@ typedef struct {
     void *gemm;
     size_t gemm_bytes;
 } scratch;
-
-static void *carve(char *workspace, size_t *used, size_t bytes) {
-    void *here = workspace ? workspace + *used : NULL;
-    *used += (bytes + 255) / 256 * 256;
-    return here;
-}
 
 static int64_t num_blocks(int64_t T) {
     return (T + STATISTICS_ROWS - 1) / STATISTICS_ROWS;
@@ -140,10 +135,7 @@ static void norm_by_columns(const fmoe_router_args *args, scratch s, bool parall
 typedef float dot_fn(int64_t d, const float *a, const float *b);
 
 ONE_COPY static float dot_in_order(int64_t d, const float *a, const float *b) {
-    float sum = 0;
-    for (int64_t i = 0; i < d; i++)
-        sum += a[i] * b[i];
-    return sum;
+    return serial_dot(d, a, b);
 }
 
 ONE_COPY static float dot_in_vectors(int64_t d, const float *a, const float *b) {
@@ -332,8 +324,8 @@ static fmoe_status run_tiles(const void *arguments, void *workspace, size_t byte
         return status;
     norm_by_rows(args, s);
     memset(s.bias, 0, (size_t)args->n * 2 * sizeof *s.bias);
-    gemm_operand x_hat = {.dtype = FMOE_F32, .data = s.x_hat, .row_stride = args->d, .depth_stride = 1};
-    gemm_operand gate = {.dtype = args->dtype, .data = args->gate, .row_stride = args->d, .depth_stride = 1};
+    gemm_operand x_hat = by_rows(FMOE_F32, s.x_hat, args->d);
+    gemm_operand gate = by_rows(args->dtype, args->gate, args->d);
     target to = {args, s.bias, 0};
     status = gemm(args->T, 2 * args->n, args->d, &x_hat, &gate, store_logits, &to, s.gemm, s.gemm_bytes);
     log_softmax_plain(args, true);
@@ -381,10 +373,6 @@ static void center_row(const fmoe_router_args *args, norm s, int64_t t, float *o
         out[h] = x[h] - s.center[h] - s.rest[h];
 }
 
-static gemm_operand rows_of(const fmoe_router_args *args, fmoe_dtype dtype, const void *data) {
-    return (gemm_operand){.dtype = dtype, .data = data, .row_stride = args->d, .depth_stride = 1};
-}
-
 static fmoe_status run_folded(const void *arguments, void *workspace, size_t bytes, void *stream) {
     (void)stream;
     const fmoe_router_args *args = arguments;
@@ -399,8 +387,8 @@ static fmoe_status run_folded(const void *arguments, void *workspace, size_t byt
 #pragma omp parallel for schedule(static) if (!fold_mean)
     for (int64_t t = 0; t < (fold_mean ? 0 : args->T); t++)
         center_row(args, s.norm, t, s.x_hat + t * args->d);
-    gemm_operand x = fold_mean ? rows_of(args, args->dtype, args->x) : rows_of(args, FMOE_F32, s.x_hat);
-    gemm_operand gate = rows_of(args, FMOE_F32, s.gate);
+    gemm_operand x = fold_mean ? by_rows(args->dtype, args->x, args->d) : by_rows(FMOE_F32, s.x_hat, args->d);
+    gemm_operand gate = by_rows(FMOE_F32, s.gate, args->d);
     target to = {args, s.bias, 0};
     status = gemm(args->T, 2 * args->n, args->d, &x, &gate, store_logits, &to, s.gemm, s.gemm_bytes);
     log_softmax_plain(args, true);
@@ -408,24 +396,6 @@ static fmoe_status run_folded(const void *arguments, void *workspace, size_t byt
 }
 
 // ---- Rung: everything a block of tokens needs, while it is in the cache ----
-
-// In lanes by hand: a float maximum is no reduction that every compiler vectorises.
-static float largest(int64_t n, const float *z) {
-    enum { LANES = 16 };
-    float lane[LANES], max = z[0];
-    int64_t i = 0;
-    for (int l = 0; l < LANES; l++)
-        lane[l] = max;
-    for (; i + LANES <= n; i += LANES)
-#pragma omp simd
-        for (int l = 0; l < LANES; l++)
-            lane[l] = z[i + l] > lane[l] ? z[i + l] : lane[l];
-    for (int l = 0; l < LANES; l++)
-        max = lane[l] > max ? lane[l] : max;
-    for (; i < n; i++)
-        max = z[i] > max ? z[i] : max;
-    return max;
-}
 
 // [log-softmax]
 static void log_softmax_row(int64_t n, const float *z, float *log_probs) {
@@ -499,8 +469,8 @@ static fmoe_status project_block(const fmoe_router_args *args, const blocks *b, 
     for (int64_t t = 0; t < count && !fold_mean; t++)
         center_row(args, b->shared.norm, first + t, centred + t * d);
     const char *stored = (const char *)args->x + first * d * (int64_t)fmoe_dtype_size(args->dtype);
-    gemm_operand x = fold_mean ? rows_of(args, args->dtype, stored) : rows_of(args, FMOE_F32, centred);
-    gemm_operand gate = rows_of(args, FMOE_F32, b->shared.gate);
+    gemm_operand x = fold_mean ? by_rows(args->dtype, stored, args->d) : by_rows(FMOE_F32, centred, args->d);
+    gemm_operand gate = by_rows(FMOE_F32, b->shared.gate, args->d);
     target to = {args, b->shared.bias, first};
     fmoe_status status = gemm_serial(count, 2 * n, d, &x, &gate, store_logits, &to, mine, b->gemm_bytes);
     log_softmax_rows(args, first, count);

@@ -21,16 +21,6 @@ static float silu(float s) {
 
 /* ---- One token after the other ----------------------------------------------------------------------------------- */
 
-// [serial-dot]
-/* C may not reorder a sum, so each addition waits for the one before it. */
-static float serial_dot(int64_t count, const float *a, const float *b) {
-    float sum = 0;
-    for (int64_t i = 0; i < count; i++)
-        sum += a[i] * b[i];
-    return sum;
-}
-// [/serial-dot]
-
 /* Floats of a thread that computes `tokens` tokens at a time: their inputs, hidden units and outputs, and two weight
  * rows. Rounded up to whole cache lines, so that threads do not share one. */
 static int64_t scratch_floats(const fmoe_mlp_args *a, int64_t tokens) {
@@ -160,10 +150,6 @@ static fmoe_status blocked(const void *args, void *workspace, size_t workspace_b
 
 /* ---- Tiles ------------------------------------------------------------------------------------------------------- */
 
-static gemm_operand rows_of(fmoe_dtype dtype, const void *data, int64_t columns) {
-    return (gemm_operand){.dtype = dtype, .data = data, .row_stride = columns, .depth_stride = 1};
-}
-
 /* One [T, I] array of floats, in whole cache lines. */
 static size_t hidden_bytes(const fmoe_mlp_args *a) {
     return ((size_t)(a->T * a->I) * sizeof(float) + 255) / 256 * 256;
@@ -187,9 +173,9 @@ static fmoe_status packed(const void *args, void *workspace, size_t workspace_by
     float *p = workspace, *q = (float *)((char *)workspace + hidden_bytes(a));
     char *rest = (char *)workspace + 2 * hidden_bytes(a);
     size_t rest_bytes = workspace_bytes - 2 * hidden_bytes(a);
-    gemm_operand x = rows_of(a->dtype, a->x, d), gate = rows_of(a->dtype, a->gate, d);
-    gemm_operand up = rows_of(a->dtype, a->up, d), down = rows_of(a->dtype, a->down, I);
-    gemm_operand h = rows_of(FMOE_F32, p, I);
+    gemm_operand x = by_rows(a->dtype, a->x, d), gate = by_rows(a->dtype, a->gate, d);
+    gemm_operand up = by_rows(a->dtype, a->up, d), down = by_rows(a->dtype, a->down, I);
+    gemm_operand h = by_rows(FMOE_F32, p, I);
     gemm_target to_p = {FMOE_F32, p, I}, to_q = {FMOE_F32, q, I}, to_y = {a->dtype, a->y, d};
 
     fmoe_status status = gemm(T, I, d, &x, &gate, gemm_store, &to_p, rest, rest_bytes);
@@ -232,8 +218,8 @@ static fmoe_status fused_into(const fmoe_mlp_args *a, fmoe_dtype y_dtype, void *
     hidden_units hidden = {I, workspace};
     char *rest = (char *)workspace + hidden_bytes(a);
     size_t rest_bytes = workspace_bytes - hidden_bytes(a);
-    gemm_operand x = rows_of(a->dtype, a->x, d), gate_and_up = rows_of(a->dtype, a->gate, d);
-    gemm_operand h = rows_of(FMOE_F32, hidden.data, I), down = rows_of(a->dtype, a->down, I);
+    gemm_operand x = by_rows(a->dtype, a->x, d), gate_and_up = by_rows(a->dtype, a->gate, d);
+    gemm_operand h = by_rows(FMOE_F32, hidden.data, I), down = by_rows(a->dtype, a->down, I);
     gemm_target to_y = {y_dtype, a->y, d};
     gate_and_up.pair = a->up;
 

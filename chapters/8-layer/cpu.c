@@ -1,6 +1,7 @@
 /* Chapter 8 on the CPU: the whole layer, from the formula to two branches side by side. */
 #include "../steps.h"
 #include "../vec.h"
+#include "../workspace.h"
 
 #include <omp.h>
 #include <string.h>
@@ -328,13 +329,6 @@ static size_t inner_bytes(const part *p) {
     for (int i = 0; i < 4; i++)
         most = sizes[i] > most ? sizes[i] : most;
     return most;
-}
-
-/* Pieces of a workspace, each at a multiple of 256 bytes. With memory NULL only the sizes add up. */
-static void *carve(char *memory, size_t *used, int64_t bytes) {
-    char *piece = memory ? memory + *used : NULL;
-    *used += ((size_t)bytes + 255) / 256 * 256;
-    return piece;
 }
 
 /* Both branches stay float32 until their sum is rounded. */
