@@ -1,7 +1,7 @@
 /* Chapter 0: storage types, the error measure, cases, random numbers, routing, the check of a rung, the chapters'
  * program. What every other sentence and every figure rests on. */
 #include "../chapters/program.h"
-#include "literate.h"
+#include "values.h"
 
 #include <ctype.h>
 #include <math.h>
@@ -133,7 +133,7 @@ SENTENCE(0, 3,
 
 static const char *error_is_relative_norm(const int64_t *size, uint64_t seed) {
     int64_t count = size[0];
-    float *ref = malloc((size_t)count * sizeof *ref), *out = malloc((size_t)count * sizeof *out);
+    float *ref OWNED = floats(count), *out OWNED = floats(count);
     long double difference = 0, norm = 0;
     for (int64_t i = 0; i < count; i++) {
         ref[i] = fmoe_random_normal(seed, 1, (uint64_t)i);
@@ -144,8 +144,6 @@ static const char *error_is_relative_norm(const int64_t *size, uint64_t seed) {
     }
     double expected = (double)sqrtl(difference / norm), got = fmoe_relative_error(count, out, ref, 0);
     double same = fmoe_relative_error(count, ref, ref, 0);
-    free(ref);
-    free(out);
     if (!(fabs(got - expected) <= 1e-9 * expected))
         return because("%lld elements: error %.12g, the definition says %.12g", (long long)count, got, expected);
     if (same != 0)
@@ -193,8 +191,8 @@ static const char *sets_are_compared(const int64_t *size, uint64_t seed) {
     int64_t T = size[0], n = size[1], K = size[2];
     if (K >= n * n)
         return DOES_NOT_APPLY;
-    float *logits = malloc(sizeof *logits * (size_t)(2 * T * n));
-    int32_t *a = malloc(sizeof *a * (size_t)(T * K)), *b = malloc(sizeof *b * (size_t)(T * K));
+    float *logits OWNED = floats(2 * T * n);
+    int32_t *a OWNED = integers(T * K), *b OWNED = integers(T * K);
     int64_t turn = (int64_t)(fmoe_random_bits(seed, 0, 0) % (uint64_t)n);
     for (int64_t t = 0; t < T; t++) {
         for (int64_t i = 0; i < n; i++) {
@@ -212,9 +210,6 @@ static const char *sets_are_compared(const int64_t *size, uint64_t seed) {
     int64_t sum = n * n - 1 - K, i = (sum % n - turn + n) % n, j = ((sum / n - turn - (T - 1)) % n + n) % n;
     a[(T - 1) * K] = (int32_t)(i * n + j);
     int64_t wrong = fmoe_compare_indices(T, n, K, logits, a, b), swapped = fmoe_compare_indices(T, n, K, logits, b, a);
-    free(logits);
-    free(a);
-    free(b);
     if (same != -1)
         return because("token %lld is refused though only the order differs", (long long)same);
     if (wrong != T - 1 || swapped != T - 1)
@@ -315,19 +310,17 @@ SENTENCE(0, 9, "A name that cannot be read is refused, and the message quotes wh
 
 static const char *fill_is_its_numbers(const int64_t *size, uint64_t seed) {
     int64_t count = size[0];
-    float *values = malloc((size_t)(count + 1) * sizeof *values);
-    const char *result = HOLDS;
+    float *values OWNED = floats(count + 1);
     values[count] = 42;
     omp_set_num_threads((int)size[1]);
     fmoe_fill_normal(seed, 5, 0.5f, count, values);
-    for (int64_t i = 0; i < count && result == HOLDS; i++)
+    for (int64_t i = 0; i < count; i++)
         if (values[i] != 0.5f * fmoe_random_normal(seed, 5, (uint64_t)i))
-            result = because("number %lld of a fill by %lld threads is not random_normal's", (long long)i,
-                             (long long)size[1]);
+            return because("number %lld of a fill by %lld threads is not random_normal's", (long long)i,
+                           (long long)size[1]);
     if (values[count] != 42)
-        result = because("the fill goes on after its last number");
-    free(values);
-    return result;
+        return because("the fill goes on after its last number");
+    return HOLDS;
 }
 
 SENTENCE(0, 10, "A random number depends on its seed, stream and index, and on nothing else.",
@@ -382,44 +375,41 @@ SENTENCE(0, 11, "Uniform numbers fill (0, 1) evenly; normal ones have mean 0, va
 
 /* ---- Routing ----------------------------------------------------------------------------------------------------- */
 
-static const char *uniform_routing(const int64_t *size, uint64_t seed) {
+static const char *flat_routing(const int64_t *size, uint64_t seed, bool hot) {
     int64_t T = size[0], N = size[1], K = size[2], pairs = T * K, counts[64] = {0};
-    int32_t *indices = malloc(sizeof *indices * (size_t)pairs);
-    float *weights = malloc(sizeof *weights * (size_t)pairs);
-    const char *result = HOLDS;
-    for (int hot = 0; hot < 2 && result == HOLDS; hot++) {
-        char name[96];
-        snprintf(name, sizeof name, "T%lld-N%lld-K%lld-%s", (long long)T, (long long)N, (long long)K,
-                 hot ? "hot" : "uniform");
-        fmoe_case c;
-        fmoe_case_parse(name, &c);
-        if (fmoe_case_route(&c, seed, indices, weights) != FMOE_OK)
-            result = because("%s: %s", name, fmoe_error_message());
-        memset(counts, 0, sizeof counts);
-        for (int64_t i = 0; i < pairs && result == HOLDS; i++) {
-            if (indices[i] < 0 || indices[i] >= N)
-                result = because("%s: index %d", name, indices[i]);
-            else if (!(weights[i] > 0 && weights[i] < 1.0 / (double)K))
-                result = because("%s: weight %g of pair %lld is outside (0, 1/K)", name, weights[i], (long long)i);
-            else
-                counts[indices[i] % 64]++;
-        }
-        for (int64_t t = 0; t < T && hot && result == HOLDS; t++) {
-            bool chosen = false;
-            for (int64_t k = 0; k < K; k++)
-                chosen |= indices[t * K + k] == 0;
-            if (!chosen)
-                result = because("%s: token %lld does not choose expert 0", name, (long long)t);
-        }
-        double mean = (double)pairs / (double)N, spread = 6 * sqrt(mean) + 1;
-        for (int64_t e = 0; e < N && N <= 64 && !hot && result == HOLDS; e++)
-            if (fabs((double)counts[e] - mean) > spread)
-                result = because("%s: expert %lld is chosen %lld times, %g is expected", name, (long long)e,
-                                 (long long)counts[e], mean);
+    int32_t *indices OWNED = integers(pairs);
+    float *weights OWNED = floats(pairs);
+    char name[96];
+    snprintf(name, sizeof name, "T%lld-N%lld-K%lld-%s", (long long)T, (long long)N, (long long)K,
+             hot ? "hot" : "uniform");
+    fmoe_case c;
+    CALL(fmoe_case_parse(name, &c));
+    CALL(fmoe_case_route(&c, seed, indices, weights));
+    for (int64_t i = 0; i < pairs; i++) {
+        if (indices[i] < 0 || indices[i] >= N)
+            return because("%s: index %d", name, indices[i]);
+        if (!(weights[i] > 0 && weights[i] < 1.0 / (double)K))
+            return because("%s: weight %g of pair %lld is outside (0, 1/K)", name, weights[i], (long long)i);
+        counts[indices[i] % 64]++;
     }
-    free(indices);
-    free(weights);
-    return result;
+    for (int64_t t = 0; t < T && hot; t++) {
+        bool chosen = false;
+        for (int64_t k = 0; k < K; k++)
+            chosen |= indices[t * K + k] == 0;
+        if (!chosen)
+            return because("%s: token %lld does not choose expert 0", name, (long long)t);
+    }
+    double mean = (double)pairs / (double)N, spread = 6 * sqrt(mean) + 1;
+    for (int64_t e = 0; e < N && N <= 64 && !hot; e++)
+        if (fabs((double)counts[e] - mean) > spread)
+            return because("%s: expert %lld is chosen %lld times, %g is expected", name, (long long)e,
+                           (long long)counts[e], mean);
+    return HOLDS;
+}
+
+static const char *uniform_routing(const int64_t *size, uint64_t seed) {
+    CHECK(flat_routing(size, seed, false));
+    return flat_routing(size, seed, true);
 }
 
 SENTENCE(0, 12, "Uniform routing chooses every expert equally often; hot routing also sends every token to expert 0.",
@@ -431,11 +421,11 @@ SENTENCE(0, 13, "Trained routing is the recorded model's: 7,080 experts are ever
          "real routing is skewed, and that decides what is fast", "the statistics published with the file") {
     enum { T = 4096, K = 64, N = 16384 };
     fmoe_case c;
-    int32_t *indices = malloc(sizeof *indices * T * K);
-    float *weights = malloc(sizeof *weights * T * K);
+    int32_t *indices OWNED = integers(T * K);
+    float *weights OWNED = floats(T * K);
     fmoe_case_parse("T4096-N16384-K64-trained", &c);
     expect(fmoe_case_route(&c, 1, indices, weights) == FMOE_OK, "%s", fmoe_error_message());
-    int *counts = calloc(N, sizeof *counts), chosen = 0, busiest = 0;
+    int *counts OWNED = zeros(N, sizeof *counts), chosen = 0, busiest = 0;
     for (int i = 0; i < T * K; i++)
         chosen += counts[indices[i]]++ == 0;
     for (int e = 0; e < N; e++)
@@ -451,9 +441,6 @@ SENTENCE(0, 13, "Trained routing is the recorded model's: 7,080 experts are ever
     fmoe_case_parse("T16-N1024-K4-trained", &c);
     expect(fmoe_case_route(&c, 1, indices, weights) == FMOE_BAD_SIZE && strstr(fmoe_error_message(), "n = 32"),
            "n = 32 keys are accepted");
-    free(indices);
-    free(weights);
-    free(counts);
 }
 
 /* ---- The check of a rung ----------------------------------------------------------------------------------------- */
@@ -583,14 +570,9 @@ static bool not_here(void) {
 
 /* The rung's status and error at 100 elements. */
 static fmoe_status check(fmoe_rung_fn *run, double *error, char *why) {
-    fmoe_case c;
-    fmoe_problem p;
+    fmoe_problem p FREED(fmoe_problem_free) = new_problem(&toy, fresh_seed(), "T100-f32");
     fmoe_rung rung = {.name = "toy", .run = run, .workspace = toy_workspace};
-    fmoe_case_parse("T100-f32", &c);
-    expect(fmoe_problem_new(&toy, &c, fresh_seed(), &p) == FMOE_OK, "no problem: %s", fmoe_error_message());
-    fmoe_status status = fmoe_rung_check(&rung, &p, error, why);
-    fmoe_problem_free(&p);
-    return status;
+    return fmoe_rung_check(&rung, &p, error, why);
 }
 
 SENTENCE(0, 14, "The check of a rung passes a right one and refuses every way of being wrong that it is shown.",
@@ -645,10 +627,7 @@ SENTENCE(0, 15, "A rung gets the workspace it asked for, 256-byte aligned, and r
     expect(seen.bytes == 403, "%zu bytes came, 403 were asked for", seen.bytes);
     expect(seen.misaligned == 0, "the workspace is %zu bytes off", seen.misaligned);
     expect(!seen.finite, "the workspace comes with usable contents");
-    fmoe_case c;
-    fmoe_problem p;
-    fmoe_case_parse("T4-f32", &c);
-    fmoe_problem_new(&toy, &c, 1, &p);
+    fmoe_problem p FREED(fmoe_problem_free) = new_problem(&toy, 1, "T4-f32");
     const fmoe_rung rungs[] = {{.name = "a", .run = toy_right, .workspace = toy_workspace, .supports = never},
                                {.name = "b", .run = toy_right, .workspace = toy_workspace, .available = not_here},
                                {.name = "c", .run = toy_right, .backend = BACKEND_CUDA}};
@@ -656,7 +635,6 @@ SENTENCE(0, 15, "A rung gets the workspace it asked for, 256-byte aligned, and r
     for (int i = 0; i < 3; i++)
         expect(fmoe_rung_check(&rungs[i], &p, &error, why) == FMOE_UNSUPPORTED && strstr(why, reasons[i]),
                "rung %s is run: %s", rungs[i].name, why);
-    fmoe_problem_free(&p);
 }
 
 SENTENCE(0, 16, "A problem that does not fit memory is refused with a status.", "a typing error is not a crash",

@@ -1,5 +1,5 @@
 /* Chapter 8, from sentence 20 on: weights from disk. Files are untrusted. */
-#include "literate.h"
+#include "values.h"
 
 #include "../chapters/golden.h"
 
@@ -118,7 +118,7 @@ SENTENCE(8, 21, "Values convert to float32 exactly, at whatever byte they lie.",
         memmove(moved.bytes + shift, f.bytes, f.size);
         fmoe_file *file;
         cr_assert(fmoe_file_parse(moved.bytes + shift, f.size, "memory", &file) == FMOE_OK);
-        float *h, *p, *b, *s;
+        float *h OWNED = NULL, *p OWNED = NULL, *b OWNED = NULL, *s OWNED = NULL;
         cr_assert(fmoe_file_read_f32(file, "h", 1, (int64_t[]){3}, &h) == FMOE_OK, "%s", fmoe_error_message());
         cr_assert(fmoe_file_read_f32(file, "f", 1, (int64_t[]){2}, &p) == FMOE_OK, "%s", fmoe_error_message());
         cr_assert(fmoe_file_read_f32(file, "b", 1, (int64_t[]){600}, &b) == FMOE_OK, "%s", fmoe_error_message());
@@ -129,10 +129,6 @@ SENTENCE(8, 21, "Values convert to float32 exactly, at whatever byte they lie.",
             float expected = ldexpf(1 + (float)(i % 128) / 128, i / 128);
             expect(b[i] == expected, "bfloat16: element %d is %g, not %g", i, b[i], expected);
         }
-        free(h);
-        free(p);
-        free(b);
-        free(s);
         fmoe_file_close(file);
     }
 }
@@ -573,8 +569,7 @@ static float *add_tensor(own_golden *g, const char *name, int64_t rows, int64_t 
 }
 
 static own_golden *new_golden(bool training, bool norm, int64_t K) {
-    own_golden *g = calloc(1, sizeof *g);
-    cr_assert(g != NULL);
+    own_golden *g = zeros(1, sizeof *g);
     int64_t T = g->T = 7, n = g->n = 3;
     uint64_t seed = fresh_seed();
     g->c = (fmoe_config){d, I, N, K, norm};
@@ -661,7 +656,7 @@ SENTENCE(8, 35,
          "A golden file of one's own is checked too: other sizes and ranks, results left out, gradients that cancel.",
          "a reader's model has its own", "the reference's results, written and read back") {
     for (int mode = 0; mode < 4; mode++) {
-        own_golden *g = new_golden(mode & 1, mode & 2, 4);
+        own_golden *g OWNED = new_golden(mode & 1, mode & 2, 4);
         expect_passed(g, ALL_LINES, "complete");
         int y = tensor_of(g, "y"), x = tensor_of(g, "x"), dy = tensor_of(g, "dy"), dx = tensor_of(g, "dx");
         const int with_tokens[] = {x, y, dy, dx};
@@ -681,12 +676,11 @@ SENTENCE(8, 35,
         expect_passed(g, ALL_LINES - 1, "without y");
         g->num_tensors -= 6;
         expect_passed(g, ALL_LINES - 7, "without weight gradients");
-        free(g);
-        g = new_golden(mode & 1, true, 1); /* one expert, weight 1 whatever its score: no gradient to the router */
+        /* One expert, weight 1 whatever its score: no gradient to the router. */
+        own_golden *single OWNED = new_golden(mode & 1, true, 1);
         for (int i = 0; i < 18; i++)
-            g->values[tensor_of(g, "grad.router_gate.weight")][i] = (float)(i % 3 - 1) * 1e-12f;
-        expect_passed(g, ALL_LINES, "gradients that cancel");
-        free(g);
+            single->values[tensor_of(single, "grad.router_gate.weight")][i] = (float)(i % 3 - 1) * 1e-12f;
+        expect_passed(single, ALL_LINES, "gradients that cancel");
     }
 }
 
@@ -704,7 +698,7 @@ SENTENCE(8, 36, "Every result that is off is a line FAILED, and only its own; a 
                                          "grad.gate_proj.weight",
                                          "grad.up_proj.weight",
                                          "grad.down_proj.weight"};
-    own_golden *g = new_golden(true, false, 4);
+    own_golden *g OWNED = new_golden(true, false, 4);
     golden_report report;
     for (size_t i = 0; i < sizeof spoils / sizeof *spoils; i++) {
         float *value = g->values[tensor_of(g, spoils[i])], kept = *value;
@@ -740,5 +734,4 @@ SENTENCE(8, 36, "Every result that is off is a line FAILED, and only its own; a 
     expect(check_own(g, &report) == FMOE_BAD_FILE && strstr(fmoe_error_message(), "no results"), "no results");
     g->tensors[0].name = "not x";
     expect(check_own(g, &report) == FMOE_BAD_FILE && strstr(fmoe_error_message(), "tensor x: missing"), "no x");
-    free(g);
 }
