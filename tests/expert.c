@@ -1,8 +1,7 @@
 /* Chapters 1 and 5: the expert step, token by token and along a schedule, and both ladders. */
-#include "literate.h"
+#include "values.h"
 
 #include <math.h>
-#include <omp.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -14,28 +13,14 @@ typedef struct {
     int32_t *offsets, *pairs; /* its schedule, where asked for */
 } expert;
 
-static void *memory(int64_t count, size_t size) {
-    void *bytes = calloc((size_t)count + 1, size);
-    cr_assert(bytes != NULL, "out of memory");
-    return bytes;
-}
-
-static float *normal(uint64_t seed, uint64_t stream, int64_t count, double scale) {
-    float *values = memory(count, sizeof *values);
-    fmoe_fill_normal(seed, stream, (float)scale, count, values);
-    return values;
-}
-
 /* Any indices, repeated ones included, and weights of both signs. */
 static expert new_expert(uint64_t seed, int64_t T, int64_t d, int64_t N, int64_t K) {
     expert m = {.T = T, .d = d, .N = N, .K = K};
-    m.x = normal(seed, 1, T * d, 1);
-    m.down = normal(seed, 2, N * d, 1 / sqrt((double)d));
-    m.up = normal(seed, 3, N * d, 1);
-    m.weights = normal(seed, 4, T * K, 1);
-    m.indices = memory(T * K, sizeof *m.indices);
-    for (int64_t i = 0; i < T * K; i++)
-        m.indices[i] = (int32_t)(fmoe_random_bits(seed, 5, (uint64_t)i) % (uint64_t)N);
+    m.x = normals(seed, 1, 1, T * d);
+    m.down = normals(seed, 2, 1 / sqrt((double)d), N * d);
+    m.up = normals(seed, 3, 1, N * d);
+    m.weights = normals(seed, 4, 1, T * K);
+    m.indices = any_indices(seed, 5, N, T * K);
     return m;
 }
 
@@ -48,11 +33,16 @@ static void free_expert(expert *m) {
     free(m->offsets);
     free(m->pairs);
 }
+#define EXPERT FREED(free_expert)
+
+/* "T d N K" to a step. */
+static expert expert_of(const int64_t *size, uint64_t seed) {
+    return new_expert(seed, size[0], size[1], size[2], size[3]);
+}
 
 /* The reference on outputs full of NaN. pre_activations may be NULL. */
 static float *run(const expert *m, float *pre_activations) {
-    float *y = memory(m->T * m->d, sizeof *y);
-    memset(y, 0xff, (size_t)(m->T * m->d) * sizeof *y);
+    float *y = floats(m->T * m->d);
     fmoe_status status =
         fmoe_expert(m->T, m->d, m->N, m->K, m->x, m->down, m->up, m->indices, m->weights, y, pre_activations);
     cr_assert(status == FMOE_OK, "%s", fmoe_error_message());
@@ -60,8 +50,8 @@ static float *run(const expert *m, float *pre_activations) {
 }
 
 static void add_schedule(expert *m) {
-    m->offsets = memory(m->N + 1, sizeof *m->offsets);
-    m->pairs = memory(m->T * m->K, sizeof *m->pairs);
+    m->offsets = integers(m->N + 1);
+    m->pairs = integers(m->T * m->K);
     fmoe_status status = fmoe_schedule(m->T, m->K, m->N, m->indices, m->offsets, m->pairs);
     cr_assert(status == FMOE_OK, "%s", fmoe_error_message());
 }
@@ -72,8 +62,7 @@ static fmoe_status try_scheduled(const expert *m, float *y, float *pre_activatio
 }
 
 static float *run_scheduled(const expert *m, float *pre_activations) {
-    float *y = memory(m->T * m->d, sizeof *y);
-    memset(y, 0xff, (size_t)(m->T * m->d) * sizeof *y);
+    float *y = floats(m->T * m->d);
     fmoe_status status = try_scheduled(m, y, pre_activations);
     cr_assert(status == FMOE_OK, "%s", fmoe_error_message());
     return y;
@@ -106,7 +95,7 @@ static const char *close_to(const expert *m, const float *y, const float *expect
 
 static const char *same_as(const expert *m, const float *y, const float *expected) {
     for (int64_t i = 0; i < m->T * m->d; i++)
-        if (memcmp(&y[i], &expected[i], sizeof *y) != 0)
+        if (!same_bits(&y[i], &expected[i], 1))
             return because("token %lld, column %lld: %.9g and %.9g", (long long)(i / m->d), (long long)(i % m->d),
                            (double)y[i], (double)expected[i]);
     return HOLDS;
@@ -118,8 +107,8 @@ static const char *same_as(const expert *m, const float *y, const float *expecte
 
 /* Y = (silu(X · downᵀ) ⊙ M) · up with M [T, N] holding the routing weights, zero where a token does not go. */
 static float *masked_dense(const expert *m) {
-    float *y = memory(m->T * m->d, sizeof *y);
-    long double *mask = memory(m->N, sizeof *mask), *sum = memory(m->d, sizeof *sum);
+    float *y = floats(m->T * m->d);
+    long double *mask OWNED = poisoned(m->N, sizeof *mask), *sum OWNED = poisoned(m->d, sizeof *sum);
     for (int64_t t = 0; t < m->T; t++) {
         memset(mask, 0, (size_t)m->N * sizeof *mask);
         memset(sum, 0, (size_t)m->d * sizeof *sum);
@@ -135,21 +124,15 @@ static float *masked_dense(const expert *m) {
         for (int64_t c = 0; c < m->d; c++)
             y[t * m->d + c] = (float)sum[c];
     }
-    free(mask);
-    free(sum);
     return y;
 }
 
 static const char *equals_masked_dense(const int64_t *size, uint64_t seed) {
     if (size[3] > size[2])
         return DOES_NOT_APPLY;
-    expert m = new_expert(seed, size[0], size[1], size[2], size[3]);
-    float *y = run(&m, NULL), *expected = masked_dense(&m);
-    const char *result = close_to(&m, y, expected);
-    free(y);
-    free(expected);
-    free_expert(&m);
-    return result;
+    expert m EXPERT = expert_of(size, seed);
+    float *y OWNED = run(&m, NULL), *expected OWNED = masked_dense(&m);
+    return close_to(&m, y, expected);
 }
 
 SENTENCE(1, 1, "The expert step is a dense layer of N neurons under a mask of routing weights.",
@@ -164,11 +147,11 @@ SENTENCE(1, 1, "The expert step is a dense layer of N neurons under a mask of ro
 static const char *returns_pre_activations(const int64_t *size, uint64_t seed) {
     if (size[3] > size[2])
         return DOES_NOT_APPLY;
-    expert m = new_expert(seed, size[0], size[1], size[2], size[3]);
-    float *s = memory(m.T * m.K, sizeof *s);
-    float *y = run(&m, s), *without = run(&m, NULL);
-    const char *result = same_as(&m, y, without);
-    for (int64_t i = 0; i < m.T * m.K && result == HOLDS; i++) {
+    expert m EXPERT = expert_of(size, seed);
+    float *s OWNED = floats(m.T * m.K);
+    float *y OWNED = run(&m, s), *without OWNED = run(&m, NULL);
+    CHECK(same_as(&m, y, without));
+    for (int64_t i = 0; i < m.T * m.K; i++) {
         long double sum = 0, scale = 0;
         for (int64_t c = 0; c < m.d; c++) {
             long double term = (long double)m.x[i / m.K * m.d + c] * m.down[m.indices[i] * m.d + c];
@@ -176,13 +159,9 @@ static const char *returns_pre_activations(const int64_t *size, uint64_t seed) {
             scale += fabsl(term);
         }
         if (!(fabsl(s[i] - sum) <= 1e-7L * scale + 1e-40L))
-            result = because("pair %lld: %.9g, ⟨x, down⟩ is %.9Lg", (long long)i, (double)s[i], sum);
+            return because("pair %lld: %.9g, ⟨x, down⟩ is %.9Lg", (long long)i, (double)s[i], sum);
     }
-    free(y);
-    free(without);
-    free(s);
-    free_expert(&m);
-    return result;
+    return HOLDS;
 }
 
 SENTENCE(1, 2, "The pre-activations returned are ⟨x, down⟩, and asking for them changes nothing.",
@@ -195,23 +174,18 @@ SENTENCE(1, 2, "The pre-activations returned are ⟨x, down⟩, and asking for t
 static const char *one_hot_is_one_expert(const int64_t *size, uint64_t seed) {
     if (size[3] > size[2])
         return DOES_NOT_APPLY;
-    expert m = new_expert(seed, size[0], size[1], size[2], size[3]);
-    float *s = memory(m.T * m.K, sizeof *s), *expected = memory(m.T * m.d, sizeof *expected);
+    expert m EXPERT = expert_of(size, seed);
+    float *s OWNED = floats(m.T * m.K), *expected OWNED = floats(m.T * m.d);
     memset(m.weights, 0, (size_t)(m.T * m.K) * sizeof *m.weights);
     for (int64_t t = 0; t < m.T; t++)
         m.weights[t * m.K + (int64_t)(fresh_seed() % (uint64_t)m.K)] = 1;
-    float *y = run(&m, s);
+    float *y OWNED = run(&m, s);
     for (int64_t i = 0; i < m.T * m.K; i++)
         if (m.weights[i] == 1)
             for (int64_t c = 0; c < m.d; c++)
                 expected[i / m.K * m.d + c] =
                     (float)((double)s[i] / (1 + exp(-(double)s[i]))) * m.up[m.indices[i] * m.d + c];
-    const char *result = close_to(&m, y, expected);
-    free(y);
-    free(s);
-    free(expected);
-    free_expert(&m);
-    return result;
+    return close_to(&m, y, expected);
 }
 
 SENTENCE(1, 3, "A weight of one among zeros leaves silu(s) times that expert's up row.",
@@ -222,26 +196,17 @@ SENTENCE(1, 3, "A weight of one among zeros leaves silu(s) times that expert's u
 static const char *linear_in_weights(const int64_t *size, uint64_t seed) {
     if (size[3] > size[2])
         return DOES_NOT_APPLY;
-    expert m = new_expert(seed, size[0], size[1], size[2], size[3]);
-    float *first = m.weights, *second = normal(seed, 6, m.T * m.K, 1), *both = memory(m.T * m.K, sizeof *both);
+    expert m EXPERT = expert_of(size, seed);
+    float *second OWNED = normals(seed, 6, 1, m.T * m.K), *both OWNED = floats(m.T * m.K);
     for (int64_t i = 0; i < m.T * m.K; i++)
-        both[i] = first[i] - 3 * second[i];
-    float *y_first = run(&m, NULL);
-    m.weights = second;
-    float *y_second = run(&m, NULL);
-    m.weights = both;
-    float *y = run(&m, NULL);
+        both[i] = m.weights[i] - 3 * second[i];
+    expert with_second = m, with_both = m;
+    with_second.weights = second;
+    with_both.weights = both;
+    float *y_first OWNED = run(&m, NULL), *y_second OWNED = run(&with_second, NULL), *y OWNED = run(&with_both, NULL);
     for (int64_t i = 0; i < m.T * m.d; i++)
         y_first[i] -= 3 * y_second[i];
-    const char *result = close_to(&m, y, y_first);
-    m.weights = first;
-    free(second);
-    free(both);
-    free(y_first);
-    free(y_second);
-    free(y);
-    free_expert(&m);
-    return result;
+    return close_to(&with_both, y, y_first);
 }
 
 SENTENCE(1, 4, "The output is linear in the routing weights, negative ones too.",
@@ -252,8 +217,8 @@ SENTENCE(1, 4, "The output is linear in the routing weights, negative ones too."
 static const char *any_order_of_experts(const int64_t *size, uint64_t seed) {
     if (size[3] > size[2])
         return DOES_NOT_APPLY;
-    expert m = new_expert(seed, size[0], size[1], size[2], size[3]);
-    float *y = run(&m, NULL);
+    expert m EXPERT = expert_of(size, seed);
+    float *y OWNED = run(&m, NULL);
     for (int64_t t = 0; t < m.T; t++) /* turned around */
         for (int64_t k = 0; k < m.K / 2; k++) {
             int64_t i = t * m.K + k, j = t * m.K + m.K - 1 - k;
@@ -262,12 +227,8 @@ static const char *any_order_of_experts(const int64_t *size, uint64_t seed) {
             m.indices[i] = m.indices[j], m.indices[j] = index;
             m.weights[i] = m.weights[j], m.weights[j] = weight;
         }
-    float *turned = run(&m, NULL);
-    const char *result = close_to(&m, turned, y);
-    free(y);
-    free(turned);
-    free_expert(&m);
-    return result;
+    float *turned OWNED = run(&m, NULL);
+    return close_to(&m, turned, y);
 }
 
 SENTENCE(1, 5, "The order of a token's experts changes nothing but rounding.", "y is a sum over a set",
@@ -278,26 +239,21 @@ SENTENCE(1, 5, "The order of a token's experts changes nothing but rounding.", "
 static const char *repeated_is_summed(const int64_t *size, uint64_t seed) {
     if (size[3] > size[2] || size[3] < 2)
         return DOES_NOT_APPLY;
-    expert m = new_expert(seed, size[0], size[1], size[2], size[3]);
+    expert m EXPERT = expert_of(size, seed);
     for (int64_t t = 0; t < m.T; t++)
         m.indices[t * m.K + m.K - 1] = m.indices[t * m.K];
-    float *twice = run(&m, NULL);
+    float *twice OWNED = run(&m, NULL);
     for (int64_t t = 0; t < m.T; t++) {
         m.weights[t * m.K] += m.weights[t * m.K + m.K - 1];
         m.weights[t * m.K + m.K - 1] = 0;
     }
-    float *once = run(&m, NULL);
+    float *once OWNED = run(&m, NULL);
     /* The terms of the run with two, so that a sum of weights that cancels does not make the limit zero. */
-    float *expected = masked_dense(&m);
+    float *expected OWNED = masked_dense(&m);
     double scale = scale_of(&m) + 1e-3, off = 0;
     for (int64_t i = 0; i < m.T * m.d; i++)
         off = fmax(off, fmax(fabs((double)twice[i] - once[i]), fabs((double)once[i] - expected[i])));
-    const char *result = off <= 1e-5 * scale ? HOLDS : because("y moves by %.3g, its scale is %.3g", off, scale);
-    free(twice);
-    free(once);
-    free(expected);
-    free_expert(&m);
-    return result;
+    return off <= 1e-5 * scale ? HOLDS : because("y moves by %.3g, its scale is %.3g", off, scale);
 }
 
 SENTENCE(1, 6, "An expert named twice counts as once with the sum of both weights.",
@@ -309,18 +265,15 @@ SENTENCE(1, 6, "An expert named twice counts as once with the sum of both weight
 static const char *zero_weights_give_zero(const int64_t *size, uint64_t seed) {
     if (size[3] > size[2])
         return DOES_NOT_APPLY;
-    expert m = new_expert(seed, size[0], size[1], size[2], size[3]);
+    expert m EXPERT = expert_of(size, seed);
     int64_t silent = (int64_t)(fresh_seed() % (uint64_t)m.T);
     memset(m.weights + silent * m.K, 0, (size_t)m.K * sizeof *m.weights);
-    float *y = run(&m, NULL);
-    const char *result = HOLDS;
-    for (int64_t c = 0; c < m.d && result == HOLDS; c++)
+    float *y OWNED = run(&m, NULL);
+    for (int64_t c = 0; c < m.d; c++)
         if (y[silent * m.d + c] != 0)
-            result = because("token %lld, column %lld is %.9g", (long long)silent, (long long)c,
-                             (double)y[silent * m.d + c]);
-    free(y);
-    free_expert(&m);
-    return result;
+            return because("token %lld, column %lld is %.9g", (long long)silent, (long long)c,
+                           (double)y[silent * m.d + c]);
+    return HOLDS;
 }
 
 SENTENCE(1, 7, "A token whose weights are all zero gets zeros, exactly.", "nothing else is added to the sum", "zero") {
@@ -330,23 +283,19 @@ SENTENCE(1, 7, "A token whose weights are all zero gets zeros, exactly.", "nothi
 static const char *tokens_are_alone(const int64_t *size, uint64_t seed) {
     if (size[3] > size[2])
         return DOES_NOT_APPLY;
-    expert m = new_expert(seed, size[0], size[1], size[2], size[3]);
-    float *y = run(&m, NULL);
+    expert m EXPERT = expert_of(size, seed);
+    float *y OWNED = run(&m, NULL);
     int64_t bad = (int64_t)(fresh_seed() % (uint64_t)m.T);
     for (int64_t c = 0; c < m.d; c++)
         m.x[bad * m.d + c] = NAN;
-    float *after = run(&m, NULL);
-    const char *result = HOLDS;
-    for (int64_t i = 0; i < m.T * m.d && result == HOLDS; i++) {
-        bool fine = i / m.d == bad ? isnan(after[i]) : memcmp(&after[i], &y[i], sizeof *y) == 0;
+    float *after OWNED = run(&m, NULL);
+    for (int64_t i = 0; i < m.T * m.d; i++) {
+        bool fine = i / m.d == bad ? isnan(after[i]) : same_bits(&after[i], &y[i], 1);
         if (!fine)
-            result = because("token %lld is NaN and token %lld goes from %.9g to %.9g", (long long)bad,
-                             (long long)(i / m.d), (double)y[i], (double)after[i]);
+            return because("token %lld is NaN and token %lld goes from %.9g to %.9g", (long long)bad,
+                           (long long)(i / m.d), (double)y[i], (double)after[i]);
     }
-    free(y);
-    free(after);
-    free_expert(&m);
-    return result;
+    return HOLDS;
 }
 
 SENTENCE(1, 8, "A token of NaNs becomes NaN and touches no other token.", "tokens share experts, not results",
@@ -354,25 +303,23 @@ SENTENCE(1, 8, "A token of NaNs becomes NaN and touches no other token.", "token
     for_sizes("T d N K", tokens_are_alone, SIZES({2, 1, 1, 1}, {5, 3, 6, 4}, {9, 70, 33, 8}, {65, 16, 12, 12}));
 }
 
+/* The same bits for any number of threads: token by token, or along the schedule where there is one. */
+static const char *same_with_any_threads(const expert *m) {
+    float *one OWNED = floats(m->T * m->d);
+    FOR_THREADS(turn) {
+        float *y OWNED = m->pairs ? run_scheduled(m, NULL) : run(m, NULL);
+        if (turn.turn == 0)
+            memcpy(one, y, (size_t)(m->T * m->d) * sizeof *one);
+        CHECK(same_as(m, y, one));
+    }
+    return HOLDS;
+}
+
 static const char *reference_repeats(const int64_t *size, uint64_t seed) {
-    static const int threads[] = {2, 3, 7, 7};
     if (size[3] > size[2])
         return DOES_NOT_APPLY;
-    expert m = new_expert(seed, size[0], size[1], size[2], size[3]);
-    int before = omp_get_max_threads();
-    omp_set_num_threads(1);
-    float *one = run(&m, NULL);
-    const char *result = HOLDS;
-    for (size_t i = 0; i < sizeof threads / sizeof threads[0] && result == HOLDS; i++) {
-        omp_set_num_threads(threads[i]);
-        float *y = run(&m, NULL);
-        result = same_as(&m, y, one);
-        free(y);
-    }
-    omp_set_num_threads(before);
-    free(one);
-    free_expert(&m);
-    return result;
+    expert m EXPERT = expert_of(size, seed);
+    return same_with_any_threads(&m);
 }
 
 SENTENCE(1, 9, "The reference gives the same bits with 1, 2, 3 and 7 threads, and again.",
@@ -383,15 +330,9 @@ SENTENCE(1, 9, "The reference gives the same bits with 1, 2, 3 and 7 threads, an
 
 /* ---- Bad input --------------------------------------------------------------------------------------------------- */
 
-static void refused(fmoe_status is, fmoe_status should, const char *part) {
-    expect(is == should, "status is \"%s\" and should be \"%s\"", fmoe_status_name(is), fmoe_status_name(should));
-    expect(strstr(fmoe_error_message(), part) != NULL, "the message \"%s\" does not say \"%s\"", fmoe_error_message(),
-           part);
-}
-
 SENTENCE(1, 10, "Bad input is refused with a status, and a message that names argument, value and limit.",
          "library functions never exit, abort or print", "a table of bad calls") {
-    expert m = new_expert(fresh_seed(), 3, 4, 5, 2);
+    expert m EXPERT = new_expert(fresh_seed(), 3, 4, 5, 2);
     float y[12], *x = m.x, *down = m.down, *up = m.up, *g = m.weights;
     int32_t *e = m.indices;
     refused(fmoe_expert(-1, 4, 5, 2, x, down, up, e, g, y, NULL), FMOE_BAD_SIZE, "-1");
@@ -410,7 +351,6 @@ SENTENCE(1, 10, "Bad input is refused with a status, and a message that names ar
     refused(fmoe_expert(3, 4, 5, 2, x, down, up, e, g, y, NULL), FMOE_BAD_INDEX, "5");
     m.indices[5] = -7;
     refused(fmoe_expert(3, 4, 5, 2, x, down, up, e, g, y, NULL), FMOE_BAD_INDEX, "-7");
-    free_expert(&m);
 }
 
 SENTENCE(1, 11, "No tokens are legal: nothing is read, nothing is written.", "the last batch may be empty",
@@ -487,21 +427,21 @@ SENTENCE(1, 13, "Every rung of chapter 1 writes the same bits with 1, 2, 3 and 7
     for_sizes("T d N K dtype", repeats1, REPEAT_SIZES);
 }
 
+/* "T d N K" to a problem with uniform routing. */
+static fmoe_problem problem_of(const int64_t *size, const char *dtype, uint64_t seed) {
+    return new_problem(&fmoe_step_expert, seed, "T%d-d%d-N%d-K%d-uniform-%s", (int)size[0], (int)size[1], (int)size[2],
+                       (int)size[3], dtype);
+}
+#define PROBLEM FREED(fmoe_problem_free)
+
 /* The workspace that the best rung asks for, over its inputs and outputs. */
 static const char *stays_small(fmoe_workspace_fn *workspace, const int64_t *size, uint64_t seed) {
-    fmoe_case c;
-    fmoe_problem p;
-    char name[96];
     if (size[3] > size[2] || size[4] > 2)
         return DOES_NOT_APPLY;
-    snprintf(name, sizeof name, "T%d-d%d-N%d-K%d-uniform-%s", (int)size[0], (int)size[1], (int)size[2], (int)size[3],
-             dtypes[size[4]]);
-    cr_assert(fmoe_case_parse(name, &c) == FMOE_OK && fmoe_problem_new(&fmoe_step_expert, &c, seed, &p) == FMOE_OK,
-              "%s", fmoe_error_message());
+    fmoe_problem p PROBLEM = problem_of(size, dtypes[size[4]], seed);
     double given = 0, asked = (double)workspace(p.args);
     for (int i = 0; i < p.num_arguments; i++)
         given += (double)p.arguments[i].count * (double)fmoe_dtype_size(p.arguments[i].dtype);
-    fmoe_problem_free(&p);
     return asked < given ? HOLDS : because("%.0f bytes of workspace beside %.0f of inputs and outputs", asked, given);
 }
 
@@ -527,18 +467,20 @@ static void skew(expert *m, int64_t how) {
         m->indices[i] = (int32_t)m->N - 1;
 }
 
+/* "T d N K skew" to a step with its schedule. */
+static expert scheduled_of(const int64_t *size, uint64_t seed) {
+    expert m = expert_of(size, seed);
+    skew(&m, size[4]);
+    add_schedule(&m);
+    return m;
+}
+
 static const char *scheduled_is_the_same(const int64_t *size, uint64_t seed) {
     if (size[3] > size[2] || size[4] > 2)
         return DOES_NOT_APPLY;
-    expert m = new_expert(seed, size[0], size[1], size[2], size[3]);
-    skew(&m, size[4]);
-    add_schedule(&m);
-    float *y = run_scheduled(&m, NULL), *expected = run(&m, NULL);
-    const char *result = same_as(&m, y, expected);
-    free(y);
-    free(expected);
-    free_expert(&m);
-    return result;
+    expert m EXPERT = scheduled_of(size, seed);
+    float *y OWNED = run_scheduled(&m, NULL), *expected OWNED = run(&m, NULL);
+    return same_as(&m, y, expected);
 }
 
 #define SCHEDULED_SIZES                                                                                                \
@@ -554,22 +496,15 @@ SENTENCE(5, 1, "Along the schedule the output has the same bits as token by toke
 static const char *pre_activations_return(const int64_t *size, uint64_t seed) {
     if (size[3] > size[2] || size[4] > 2)
         return DOES_NOT_APPLY;
-    expert m = new_expert(seed, size[0], size[1], size[2], size[3]);
-    skew(&m, size[4]);
-    add_schedule(&m);
-    float *s = memory(m.T * m.K, sizeof *s), *expected = memory(m.T * m.K, sizeof *s);
-    float *y = run_scheduled(&m, s), *y_expected = run(&m, expected);
-    const char *result = HOLDS;
-    for (int64_t i = 0; i < m.T * m.K && result == HOLDS; i++)
-        if (memcmp(&s[i], &expected[i], sizeof *s) != 0)
-            result = because("pair %lld has %.9g, token by token it has %.9g", (long long)i, (double)s[i],
-                             (double)expected[i]);
-    free(s);
-    free(expected);
-    free(y);
-    free(y_expected);
-    free_expert(&m);
-    return result;
+    expert m EXPERT = scheduled_of(size, seed);
+    float *s OWNED = floats(m.T * m.K), *expected OWNED = floats(m.T * m.K);
+    float *y OWNED = run_scheduled(&m, s), *y_expected OWNED = run(&m, expected);
+    CHECK(same_as(&m, y, y_expected));
+    for (int64_t i = 0; i < m.T * m.K; i++)
+        if (!same_bits(&s[i], &expected[i], 1))
+            return because("pair %lld has %.9g, token by token it has %.9g", (long long)i, (double)s[i],
+                           (double)expected[i]);
+    return HOLDS;
 }
 
 SENTENCE(5, 2, "Its pre-activations lie in token order, whatever order they were computed in.",
@@ -578,26 +513,10 @@ SENTENCE(5, 2, "Its pre-activations lie in token order, whatever order they were
 }
 
 static const char *scheduled_repeats(const int64_t *size, uint64_t seed) {
-    static const int threads[] = {2, 3, 7, 7};
     if (size[3] > size[2] || size[4] > 2)
         return DOES_NOT_APPLY;
-    expert m = new_expert(seed, size[0], size[1], size[2], size[3]);
-    skew(&m, size[4]);
-    add_schedule(&m);
-    int before = omp_get_max_threads();
-    omp_set_num_threads(1);
-    float *one = run_scheduled(&m, NULL);
-    const char *result = HOLDS;
-    for (size_t i = 0; i < sizeof threads / sizeof threads[0] && result == HOLDS; i++) {
-        omp_set_num_threads(threads[i]);
-        float *y = run_scheduled(&m, NULL);
-        result = same_as(&m, y, one);
-        free(y);
-    }
-    omp_set_num_threads(before);
-    free(one);
-    free_expert(&m);
-    return result;
+    expert m EXPERT = scheduled_of(size, seed);
+    return same_with_any_threads(&m);
 }
 
 SENTENCE(5, 3, "The scheduled reference gives the same bits with 1, 2, 3 and 7 threads, and again.",
@@ -608,7 +527,7 @@ SENTENCE(5, 3, "The scheduled reference gives the same bits with 1, 2, 3 and 7 t
 
 SENTENCE(5, 4, "A schedule that does not belong to the indices is refused, and so is every other bad input.",
          "a wrong schedule would read beyond arrays or leave pairs out", "a table of bad calls") {
-    expert m = new_expert(fresh_seed(), 3, 4, 5, 2);
+    expert m EXPERT = new_expert(fresh_seed(), 3, 4, 5, 2);
     for (int32_t i = 0; i < 6; i++)
         m.indices[i] = i % 3 + 1; /* experts 1, 2, 3, 1, 2, 3 */
     add_schedule(&m);             /* offsets 0 0 2 4 6 6, pairs 0 3 1 4 2 5 */
@@ -647,7 +566,6 @@ SENTENCE(5, 4, "A schedule that does not belong to the indices is refused, and s
     refused(try_scheduled(&m, NULL, NULL), FMOE_NULL_POINTER, "y is");
     m.indices[0] = 5;
     refused(try_scheduled(&m, y, NULL), FMOE_BAD_INDEX, "5");
-    free_expert(&m);
 }
 
 SENTENCE(5, 5, "A schedule of no tokens is legal and writes nothing.", "the last batch may be empty",
@@ -704,33 +622,20 @@ SENTENCE(5, 7, "Every rung of chapter 5 writes the same bits with 1, 2, 3 and 7 
 static void spoil_unused(const fmoe_problem *p) {
     const fmoe_expert_args *a = p->args;
     float *down = fmoe_problem_find(p, "down")->data, *up = fmoe_problem_find(p, "up")->data;
-    bool *used = memory(a->N, sizeof *used);
+    bool *used OWNED = zeros(a->N, sizeof *used);
     for (int64_t i = 0; i < a->T * a->K; i++)
         used[a->indices[i]] = true;
     for (int64_t i = 0; i < a->N * a->d; i++)
         if (!used[i / a->d])
             down[i] = up[i] = NAN;
-    free(used);
 }
 
 static const char *unused_are_not_read(const int64_t *size, uint64_t seed) {
-    fmoe_case c;
-    fmoe_problem p;
-    char name[96], why[256] = "";
     if (size[3] > size[2])
         return DOES_NOT_APPLY;
-    snprintf(name, sizeof name, "T%d-d%d-N%d-K%d-uniform-f32", (int)size[0], (int)size[1], (int)size[2], (int)size[3]);
-    cr_assert(fmoe_case_parse(name, &c) == FMOE_OK && fmoe_problem_new(&fmoe_step_expert, &c, seed, &p) == FMOE_OK,
-              "%s", fmoe_error_message());
+    fmoe_problem p PROBLEM = problem_of(size, "f32", seed);
     spoil_unused(&p);
-    const char *result = HOLDS;
-    for (const fmoe_rung *rung = chapter5_rungs; rung->run && result == HOLDS; rung++) {
-        double error;
-        if (fmoe_rung_check(rung, &p, &error, why) != FMOE_OK || !(error <= fmoe_error_limit(FMOE_F32)))
-            result = because("%s: %s", rung->name, why);
-    }
-    fmoe_problem_free(&p);
-    return result;
+    return rungs_right(chapter5_rungs, &p);
 }
 
 SENTENCE(5, 8, "Rows of experts that nobody asked for take no part.",
