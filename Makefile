@@ -23,6 +23,10 @@ CFLAGS ?= $(OPT) -g
 CFLAGS_ALL = -std=c11 -D_GNU_SOURCE -Wall -Wextra -Werror -fopenmp $(CFLAGS)
 LDLIBS_ALL = -ljansson -lm -ldl $(LDLIBS)
 
+# V=1 shows the commands.
+Q       = $(if $(V),,@)
+SAY     = @$(if $(V),:,echo '  ')
+
 REF     = $(wildcard ref_cpu/*.c)
 SHARED  = $(wildcard chapters/*.c)
 RUNGS   = $(filter-out %/main.c,$(wildcard chapters/*/*.c))
@@ -43,11 +47,13 @@ $(BUILD)/ref_cpu/%.o: CFLAGS += -ffp-contract=off
 $(call object,$(RUNGS) chapters/gemm.c): CFLAGS += -ffp-contract=fast
 $(BUILD)/%.o: %.c
 	@mkdir -p $(@D)
-	$(CC) $(CFLAGS_ALL) -MMD -MP -c $< -o $@
+	$(SAY) 'CC  $<'
+	$(Q)$(CC) $(CFLAGS_ALL) -MMD -MP -c $< -o $@
 
 $(BUILD)/libflashmoe.a: $(LIBRARY)
+	$(SAY) 'AR  $@'
 	@rm -f $@
-	ar rcs $@ $^
+	$(Q)ar rcs $@ $^
 
 #chapterN: ## build one chapter's program, N from 0 to 9: make chapter3 && ./chapter3
 # Always asked, never rebuilt without need: the program lies at the top, its parts in $(BUILD).
@@ -55,10 +61,12 @@ $(NUMBERS:%=chapter%): chapter%: $(BUILD)/chapter%
 	@cp -u $< $@
 .SECONDEXPANSION:
 $(NUMBERS:%=$(BUILD)/chapter%): $(BUILD)/chapter%: $$(call object,$$(wildcard chapters/%-*/main.c)) $(BUILD)/libflashmoe.a
-	$(CC) $(CFLAGS_ALL) $^ -o $@ $(LDLIBS_ALL)
+	$(SAY) 'LD  $@'
+	$(Q)$(CC) $(CFLAGS_ALL) $^ -o $@ $(LDLIBS_ALL)
 
 $(BUILD)/tests/run: $(call object,$(TESTS)) $(BUILD)/libflashmoe.a
-	$(CC) $(CFLAGS_ALL) $^ -o $@ -lcriterion $(LDLIBS_ALL)
+	$(SAY) 'LD  $@'
+	$(Q)$(CC) $(CFLAGS_ALL) $^ -o $@ -lcriterion $(LDLIBS_ALL)
 
 clean: ## remove everything that was built
 	rm -rf $(BUILD) $(NUMBERS:%=chapter%)

@@ -20,10 +20,12 @@ sanitize: ## the suite under ASan, LSan and UBSan, then the OpenMP code under a 
 
 # The framework with sentences that must fail.
 $(BUILD)/tests/self/run: $(call object,tests/self/faults.c tests/literate.c tests/main.c) $(BUILD)/libflashmoe.a
-	$(CC) $(CFLAGS_ALL) $^ -o $@ -lcriterion $(LDLIBS_ALL)
+	$(SAY) 'LD  $@'
+	$(Q)$(CC) $(CFLAGS_ALL) $^ -o $@ -lcriterion $(LDLIBS_ALL)
 
 $(BUILD)/tests/race: $(call object,tests/race.c) $(BUILD)/libflashmoe.a
-	$(CC) $(CFLAGS_ALL) $^ -o $@ $(LDLIBS_ALL)
+	$(SAY) 'LD  $@'
+	$(Q)$(CC) $(CFLAGS_ALL) $^ -o $@ $(LDLIBS_ALL)
 
 # ---- What needs no run: formats, linters, texts ----------------------------------------------------------------------
 
