@@ -1,10 +1,9 @@
 /* Chapter 8: the whole layer against results computed elsewhere, against its own steps, and up its ladder. */
-#include "literate.h"
+#include "values.h"
 
 #include "../chapters/golden.h"
 
 #include <math.h>
-#include <omp.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -17,44 +16,22 @@ typedef struct {
     float *x, *dy;
 } layer;
 
-static float *floats(int64_t count) {
-    float *memory = calloc((size_t)count + 1, sizeof *memory);
-    cr_assert(memory != NULL, "out of memory");
-    return memory;
-}
-
-static float *normal(uint64_t seed, uint64_t stream, int64_t count, double scale) {
-    float *values = floats(count);
-    fmoe_fill_normal(seed, stream, (float)scale, count, values);
-    return values;
-}
-
-static float *copy_of(const float *values, int64_t count) {
-    float *copy = floats(count);
-    memcpy(copy, values, (size_t)count * sizeof *copy);
-    return copy;
-}
-
-static bool same_bits(const void *a, const void *b, int64_t count) {
-    return memcmp(a, b, (size_t)count * 4) == 0;
-}
-
 static layer new_layer(uint64_t seed, int64_t T, int64_t d, int64_t I, int64_t N, int64_t K, bool norm) {
     layer l = {.c = {d, I, N, K, norm}, .T = T, .n = fmoe_num_keys(N)};
     double rows = 1 / sqrt((double)d);
     float *var = floats(d);
     for (int64_t h = 0; h < d; h++)
         var[h] = 0.5f + fmoe_random_uniform(seed, 9, (uint64_t)h);
-    l.w = (fmoe_weights){.router_gate = normal(seed, 1, 2 * l.n * d, rows),
-                         .down_embed = normal(seed, 2, N * d, rows),
-                         .up_embed = normal(seed, 3, N * d, 3),
-                         .gate_proj = normal(seed, 4, I * d, rows),
-                         .up_proj = normal(seed, 5, I * d, rows),
-                         .down_proj = normal(seed, 6, d * I, 1 / sqrt((double)I)),
-                         .running_mean = normal(seed, 7, d, 0.3),
+    l.w = (fmoe_weights){.router_gate = normals(seed, 1, rows, 2 * l.n * d),
+                         .down_embed = normals(seed, 2, rows, N * d),
+                         .up_embed = normals(seed, 3, 3, N * d),
+                         .gate_proj = normals(seed, 4, rows, I * d),
+                         .up_proj = normals(seed, 5, rows, I * d),
+                         .down_proj = normals(seed, 6, 1 / sqrt((double)I), d * I),
+                         .running_mean = normals(seed, 7, 0.3, d),
                          .running_var = var};
-    l.x = normal(seed, 8, T * d, 1);
-    l.dy = normal(seed, 10, T * d, 1);
+    l.x = normals(seed, 8, 1, T * d);
+    l.dy = normals(seed, 10, 1, T * d);
     for (int64_t i = 0; i < T * d; i++)
         l.x[i] += 0.5f * (float)(i % d % 3);
     return l;
@@ -65,6 +42,7 @@ static void free_layer(layer *l) {
     free(l->x);
     free(l->dy);
 }
+#define LAYER FREED(free_layer)
 
 /* What a pass leaves: its outputs, and the running buffers, which start as the layer's own. */
 typedef struct {
@@ -76,7 +54,7 @@ typedef struct {
 static results forward(const layer *l, bool training, const int32_t *chosen) {
     int64_t T = l->T, d = l->c.hidden_size, K = l->c.num_experts_per_tok;
     results r = {.y = floats(T * d), .logits = floats(2 * T * l->n), .scores = floats(T * K)};
-    r.indices = (int32_t *)floats(T * K);
+    r.indices = integers(T * K);
     r.mean = copy_of(l->w.running_mean, d);
     r.var = copy_of(l->w.running_var, d);
     fmoe_weights w = l->w;
@@ -101,6 +79,7 @@ static void free_results(results *r) {
     free(r->mean);
     free(r->var);
 }
+#define RESULTS FREED(free_results)
 
 enum { GRADIENTS = 7 };
 
@@ -112,11 +91,8 @@ typedef struct {
 static gradients new_gradients(const layer *l, float initial) {
     int64_t d = l->c.hidden_size, N = l->c.num_experts, I = l->c.intermediate_size;
     gradients all = {.count = {l->T * d, 2 * l->n * d, N * d, N * d, I * d, I * d, d * I}};
-    for (int i = 0; i < GRADIENTS; i++) {
-        all.g[i] = floats(all.count[i]);
-        for (int64_t k = 0; k < all.count[i]; k++)
-            all.g[i][k] = initial;
-    }
+    for (int i = 0; i < GRADIENTS; i++)
+        all.g[i] = filled(initial, all.count[i]);
     return all;
 }
 
@@ -124,6 +100,7 @@ static void free_gradients(gradients *all) {
     for (int i = 0; i < GRADIENTS; i++)
         free(all->g[i]);
 }
+#define ALL_GRADIENTS FREED(free_gradients)
 
 static fmoe_status backward(const layer *l, bool training, const int32_t *indices, fmoe_write write, gradients *all) {
     fmoe_gradients to = {all->g[0], all->g[1], all->g[2], all->g[3], all->g[4], all->g[5], all->g[6]};
@@ -270,14 +247,13 @@ static void naive_statistics(const layer *l, bool training, double *mean, double
 }
 
 static const char *is_the_formula(const int64_t *size, uint64_t seed) {
-    layer l;
+    layer l LAYER = {0};
     bool training = size[6];
     if (size[6] > 1 || (training && size[0] < 2) || !layer_of(size, seed, &l))
         return DOES_NOT_APPLY;
-    results r = run(&l, training);
+    results r RESULTS = run(&l, training);
     int64_t d = l.c.hidden_size, K = l.c.num_experts_per_tok;
     double mean[64], var[64], scores[256], y[64], off = 0, norm = 0;
-    const char *result = HOLDS;
     naive_statistics(&l, training, mean, var);
     for (int64_t t = 0; t < l.T; t++) {
         naive_token(&l, mean, var, t, r.indices + t * K, scores, y);
@@ -287,14 +263,12 @@ static const char *is_the_formula(const int64_t *size, uint64_t seed) {
         }
         for (int64_t k = 0; k < K; k++)
             if (!(fabs(r.scores[t * K + k] - scores[k]) < 1e-5))
-                result = because("token %lld, place %lld: score %.9g, the formula says %.9g", (long long)t,
-                                 (long long)k, (double)r.scores[t * K + k], scores[k]);
+                return because("token %lld, place %lld: score %.9g, the formula says %.9g", (long long)t, (long long)k,
+                               (double)r.scores[t * K + k], scores[k]);
     }
     if (!(sqrt(off) <= 1e-6 * sqrt(norm) + 1e-6))
-        result = because("y is off by %.2g of its norm", sqrt(off / norm));
-    free_results(&r);
-    free_layer(&l);
-    return result;
+        return because("y is off by %.2g of its norm", sqrt(off / norm));
+    return HOLDS;
 }
 
 SENTENCE(8, 5, "At sizes that divide nothing, in either mode, the layer is the formula.", "golden files are few",
@@ -312,12 +286,13 @@ SENTENCE(8, 5, "At sizes that divide nothing, in either mode, the layer is the f
 static const char *same_as_steps(const layer *l, bool training, const int32_t *chosen) {
     int64_t T = l->T, d = l->c.hidden_size, I = l->c.intermediate_size, N = l->c.num_experts;
     int64_t K = l->c.num_experts_per_tok, n = l->n;
-    results r = forward(l, training, chosen);
+    results r RESULTS = forward(l, training, chosen);
     cr_assert(r.status == FMOE_OK, "%s", fmoe_error_message());
-    float *x_hat = floats(T * d), *logits = floats(2 * T * n), *scores = floats(T * K), *weights = floats(T * K);
-    float *routed = floats(T * d), *y = floats(T * d), *mean = copy_of(l->w.running_mean, d);
-    float *var = copy_of(l->w.running_var, d);
-    int32_t *indices = (int32_t *)floats(T * K);
+    float *x_hat OWNED = floats(T * d), *logits OWNED = floats(2 * T * n);
+    float *scores OWNED = floats(T * K), *weights OWNED = floats(T * K);
+    float *routed OWNED = floats(T * d), *y OWNED = floats(T * d), *mean OWNED = copy_of(l->w.running_mean, d);
+    float *var OWNED = copy_of(l->w.running_var, d);
+    int32_t *indices OWNED = integers(T * K);
     fmoe_router_norm(training, T, d, l->x, mean, var, x_hat);
     fmoe_router_logits(T, d, n, x_hat, l->w.router_gate, logits);
     if (chosen) {
@@ -330,31 +305,23 @@ static const char *same_as_steps(const layer *l, bool training, const int32_t *c
     fmoe_mlp(T, d, I, l->x, l->w.gate_proj, l->w.up_proj, l->w.down_proj, y);
     for (int64_t i = 0; i < T * d; i++)
         y[i] += routed[i];
-    const char *result = HOLDS;
     if (!same_bits(r.y, y, T * d))
-        result = because("y is not the sum of the branches");
+        return because("y is not the sum of the branches");
     if (!same_bits(r.logits, logits, 2 * T * n) || !same_bits(r.scores, scores, T * K))
-        result = because("logits or scores are not the steps'");
+        return because("logits or scores are not the steps'");
     if (!same_bits(r.indices, indices, T * K))
-        result = because("the indices returned are not the ones used");
+        return because("the indices returned are not the ones used");
     if (!same_bits(r.mean, mean, d) || !same_bits(r.var, var, d))
-        result = because("the running buffers are not as the norm leaves them");
-    float *all[] = {x_hat, logits, scores, weights, routed, y, mean, var, (float *)indices};
-    for (size_t i = 0; i < sizeof all / sizeof *all; i++)
-        free(all[i]);
-    free_results(&r);
-    return result;
+        return because("the running buffers are not as the norm leaves them");
+    return HOLDS;
 }
 
 static const char *composition(const int64_t *size, uint64_t seed) {
-    layer l;
+    layer l LAYER = {0};
     if (!layer_of(size, seed, &l))
         return DOES_NOT_APPLY;
-    const char *result = same_as_steps(&l, false, NULL);
-    if (result == HOLDS && l.T > 1)
-        result = same_as_steps(&l, true, NULL);
-    free_layer(&l);
-    return result;
+    CHECK(same_as_steps(&l, false, NULL));
+    return l.T > 1 ? same_as_steps(&l, true, NULL) : HOLDS;
 }
 
 SENTENCE(8, 6, "The layer has the same bits as its steps called one after the other.",
@@ -363,17 +330,12 @@ SENTENCE(8, 6, "The layer has the same bits as its steps called one after the ot
 }
 
 static const char *choice_elsewhere(const int64_t *size, uint64_t seed) {
-    layer l;
+    layer l LAYER = {0};
     if (!layer_of(size, seed, &l))
         return DOES_NOT_APPLY;
     int64_t count = l.T * l.c.num_experts_per_tok;
-    int32_t *chosen = (int32_t *)floats(count);
-    for (int64_t i = 0; i < count; i++)
-        chosen[i] = (int32_t)(fmoe_random_bits(seed, 20, (uint64_t)i) % (uint64_t)(l.n * l.n));
-    const char *result = same_as_steps(&l, l.T > 1, chosen);
-    free(chosen);
-    free_layer(&l);
-    return result;
+    int32_t *chosen OWNED = any_indices(seed, 20, l.n * l.n, count);
+    return same_as_steps(&l, l.T > 1, chosen);
 }
 
 SENTENCE(8, 7, "A choice made elsewhere replaces the top-k and nothing else.",
@@ -386,43 +348,36 @@ SENTENCE(8, 7, "A choice made elsewhere replaces the top-k and nothing else.",
 SENTENCE(8, 8, "Without tokens nothing is read or moved; weight gradients become zero, or stay when accumulated.",
          "T = 0 is legal", "the values before the call") {
     for (int training = 0; training < 2; training++) {
-        layer l = new_layer(fresh_seed(), 0, 5, 3, 9, 2, false);
-        results r = run(&l, training);
+        layer l LAYER = new_layer(fresh_seed(), 0, 5, 3, 9, 2, false);
+        results r RESULTS = run(&l, training);
         expect(same_bits(r.mean, l.w.running_mean, 5) && same_bits(r.var, l.w.running_var, 5),
                "a pass without tokens moved the running buffers");
         for (int write = 0; write < 2; write++) {
-            gradients all = new_gradients(&l, 7);
+            gradients all ALL_GRADIENTS = new_gradients(&l, 7);
             fmoe_status status = backward(&l, training, r.indices, write ? FMOE_ACCUMULATE : FMOE_OVERWRITE, &all);
             expect(status == FMOE_OK, "backward: %s", fmoe_error_message());
             for (int i = 1; i < GRADIENTS; i++)
                 for (int64_t k = 0; k < all.count[i]; k++)
                     expect(all.g[i][k] == (write ? 7.0f : 0.0f), "gradient %d holds %g", i, (double)all.g[i][k]);
-            free_gradients(&all);
         }
-        free_results(&r);
-        free_layer(&l);
     }
 }
 
 static const char *alone_or_among(const int64_t *size, uint64_t seed) {
-    layer l;
+    layer l LAYER = {0};
     if (!layer_of(size, seed, &l))
         return DOES_NOT_APPLY;
     int64_t d = l.c.hidden_size, K = l.c.num_experts_per_tok, T = l.T;
-    results all = run(&l, false);
-    const char *result = HOLDS;
-    for (int64_t t = 0; t < T && result == HOLDS; t++) {
+    results all RESULTS = run(&l, false);
+    for (int64_t t = 0; t < T; t++) {
         layer one = l;
         one.T = 1;
         one.x = l.x + t * d;
-        results r = run(&one, false);
+        results r RESULTS = run(&one, false);
         if (!same_bits(r.y, all.y + t * d, d) || !same_bits(r.indices, all.indices + t * K, K))
-            result = because("token %lld alone has other bits than among %lld", (long long)t, (long long)T);
-        free_results(&r);
+            return because("token %lld alone has other bits than among %lld", (long long)t, (long long)T);
     }
-    free_results(&all);
-    free_layer(&l);
-    return result;
+    return HOLDS;
 }
 
 SENTENCE(8, 9, "In evaluation a token alone has the same bits as among others.",
@@ -432,19 +387,16 @@ SENTENCE(8, 9, "In evaluation a token alone has the same bits as among others.",
 
 SENTENCE(8, 10, "One token in training is refused, forward and backward, before anything moves.",
          "the unbiased variance divides by T − 1", "the status, and the buffers before the call") {
-    layer l = new_layer(fresh_seed(), 1, 5, 3, 9, 2, false);
-    results r = forward(&l, true, NULL);
+    layer l LAYER = new_layer(fresh_seed(), 1, 5, 3, 9, 2, false);
+    results r RESULTS = forward(&l, true, NULL);
     expect(r.status == FMOE_BATCH_OF_ONE, "forward: %s", fmoe_status_name(r.status));
     expect(strstr(fmoe_error_message(), "tokens = 1") != NULL, "the message is \"%s\"", fmoe_error_message());
     expect(same_bits(r.mean, l.w.running_mean, 5), "the running mean moved");
     expect(same_bits(r.var, l.w.running_var, 5), "the running variance moved");
-    gradients all = new_gradients(&l, 7);
+    gradients all ALL_GRADIENTS = new_gradients(&l, 7);
     fmoe_status status = backward(&l, true, r.indices, FMOE_OVERWRITE, &all);
     expect(status == FMOE_BATCH_OF_ONE, "backward: %s", fmoe_status_name(status));
     expect(all.g[0][0] == 7, "dx was written");
-    free_gradients(&all);
-    free_results(&r);
-    free_layer(&l);
 }
 
 /* ---- Bad input --------------------------------------------------------------------------------------------------- */
@@ -453,7 +405,7 @@ enum { REFUSED_D = 4 }; /* hidden_size of the layer that bad input is tried on *
 
 /* In training, where a check that comes too late shows in the running buffers. */
 static void expect_refused(const layer *l, fmoe_status expected, const char *part_of_message) {
-    float y[64], *mean = l->w.running_mean ? copy_of(l->w.running_mean, REFUSED_D) : NULL;
+    float y[64], *mean OWNED = l->w.running_mean ? copy_of(l->w.running_mean, REFUSED_D) : NULL;
     fmoe_outputs outputs = {.y = y};
     fmoe_status status = fmoe_layer_forward(&l->c, &l->w, true, l->T, l->x, NULL, &outputs);
     expect(status == expected, "%s: status %s, expected %s", part_of_message, fmoe_status_name(status),
@@ -461,7 +413,6 @@ static void expect_refused(const layer *l, fmoe_status expected, const char *par
     expect(strstr(fmoe_error_message(), part_of_message) != NULL, "the message is \"%s\", not about %s",
            fmoe_error_message(), part_of_message);
     expect(!mean || same_bits(mean, l->w.running_mean, REFUSED_D), "%s: a buffer moved", part_of_message);
-    free(mean);
     int32_t indices[64] = {0};
     fmoe_gradients none = {0};
     status = fmoe_layer_backward(&l->c, &l->w, true, l->T, l->x, indices, l->x, FMOE_OVERWRITE, &none);
@@ -472,7 +423,7 @@ SENTENCE(8, 11,
          "A bad size, a K out of reach, an overflowing product and a NULL pointer have each its status, before "
          "anything moves.",
          "a library returns, it does not crash", "the list of statuses; the name and value in the message") {
-    layer good = new_layer(fresh_seed(), 2, REFUSED_D, 3, 17, 5, false), l = good;
+    layer good LAYER = new_layer(fresh_seed(), 2, REFUSED_D, 3, 17, 5, false), l = good;
     const struct {
         int64_t *size;
         int64_t value;
@@ -511,58 +462,41 @@ SENTENCE(8, 11,
     l = good;
     l.x = NULL;
     expect_refused(&l, FMOE_NULL_POINTER, "x");
-    free_layer(&good);
 }
 
 SENTENCE(8, 12, "A chosen index outside [0, n²) is refused, forward and backward, and no buffer has moved by then.",
          "it would be read as an address", "the status; the buffers before the call") {
-    layer l = new_layer(fresh_seed(), 3, 4, 3, 17, 2, false);
+    layer l LAYER = new_layer(fresh_seed(), 3, 4, 3, 17, 2, false);
     for (int bad = 0; bad < 2; bad++) {
         int32_t chosen[6] = {0, 1, 2, 3, 4, bad ? 16 : -1};
-        results r = forward(&l, true, chosen);
+        results r RESULTS = forward(&l, true, chosen);
         expect(r.status == FMOE_BAD_INDEX, "forward with index %d: %s", chosen[5], fmoe_status_name(r.status));
         expect(same_bits(r.mean, l.w.running_mean, 4), "the running mean moved");
-        gradients all = new_gradients(&l, 0);
+        gradients all ALL_GRADIENTS = new_gradients(&l, 0);
         fmoe_status status = backward(&l, true, chosen, FMOE_OVERWRITE, &all);
         expect(status == FMOE_BAD_INDEX, "backward with index %d: %s", chosen[5], fmoe_status_name(status));
-        free_gradients(&all);
-        free_results(&r);
     }
-    free_layer(&l);
 }
 
 /* ---- Symmetries -------------------------------------------------------------------------------------------------- */
 
 static const char *any_threads(const int64_t *size, uint64_t seed) {
-    layer l;
+    layer l LAYER = {0};
     if (!layer_of(size, seed, &l))
         return DOES_NOT_APPLY;
-    const int threads[] = {1, 2, 3, 7};
-    results first = {0};
-    gradients first_all = {0};
-    const char *result = HOLDS;
-    for (int i = 0; i < 4; i++) {
-        omp_set_num_threads(threads[i]);
-        results r = run(&l, true);
-        gradients all = new_gradients(&l, 0);
-        cr_assert(backward(&l, true, r.indices, FMOE_OVERWRITE, &all) == FMOE_OK, "%s", fmoe_error_message());
-        if (i == 0) {
-            first = r;
-            first_all = all;
-            continue;
-        }
+    results first RESULTS = run(&l, true);
+    gradients first_all ALL_GRADIENTS = new_gradients(&l, NAN);
+    FOR_THREADS(turn) {
+        results r RESULTS = run(&l, true);
+        gradients all ALL_GRADIENTS = new_gradients(&l, NAN);
+        CALL(backward(&l, true, r.indices, FMOE_OVERWRITE, turn.turn ? &all : &first_all));
         if (!same_bits(r.y, first.y, l.T * l.c.hidden_size) || !same_bits(r.var, first.var, l.c.hidden_size))
-            result = because("y or the running buffers differ with %d threads", threads[i]);
-        for (int g = 0; g < GRADIENTS; g++)
+            return because("y or the running buffers differ with %d threads", turn.threads);
+        for (int g = 0; turn.turn && g < GRADIENTS; g++)
             if (!same_bits(all.g[g], first_all.g[g], all.count[g]))
-                result = because("gradient %d differs with %d threads", g, threads[i]);
-        free_results(&r);
-        free_gradients(&all);
+                return because("gradient %d differs with %d threads", g, turn.threads);
     }
-    free_results(&first);
-    free_gradients(&first_all);
-    free_layer(&l);
-    return result;
+    return HOLDS;
 }
 
 SENTENCE(8, 13, "Forward and backward have the same bits for 1, 2, 3 and 7 threads.",
@@ -571,34 +505,28 @@ SENTENCE(8, 13, "Forward and backward have the same bits for 1, 2, 3 and 7 threa
 }
 
 static const char *buffers(const int64_t *size, uint64_t seed) {
-    layer l;
+    layer l LAYER = {0};
     if (!layer_of(size, seed, &l))
         return DOES_NOT_APPLY;
     int64_t T = l.T, d = l.c.hidden_size;
     double mean[64], var[64];
-    const char *result = HOLDS;
-    results evaluation = run(&l, false), training = run(&l, true);
+    results evaluation RESULTS = run(&l, false), training RESULTS = run(&l, true);
     if (!same_bits(evaluation.mean, l.w.running_mean, d) || !same_bits(evaluation.var, l.w.running_var, d))
-        result = because("evaluation moved a running buffer");
+        return because("evaluation moved a running buffer");
     naive_statistics(&l, true, mean, var);
     for (int64_t h = 0; h < d; h++) {
         double m = 0.9 * l.w.running_mean[h] + 0.1 * mean[h];
         double v = 0.9 * l.w.running_var[h] + 0.1 * var[h] * (double)T / (double)(T - 1);
-        if (fabs(training.mean[h] - m) > 1e-6 || fabs(training.var[h] - v) > 1e-6 * (1 + v))
-            result = because("unit %lld: the buffers are %g and %g, should be %g and %g", (long long)h,
-                             (double)training.mean[h], (double)training.var[h], m, v);
+        if (!(fabs(training.mean[h] - m) <= 1e-6 && fabs(training.var[h] - v) <= 1e-6 * (1 + v)))
+            return because("unit %lld: the buffers are %g and %g, should be %g and %g", (long long)h,
+                           (double)training.mean[h], (double)training.var[h], m, v);
     }
-    gradients all = new_gradients(&l, 0);
-    float *mean_before = copy_of(l.w.running_mean, d);
-    cr_assert(backward(&l, true, training.indices, FMOE_OVERWRITE, &all) == FMOE_OK, "%s", fmoe_error_message());
+    gradients all ALL_GRADIENTS = new_gradients(&l, 0);
+    float *mean_before OWNED = copy_of(l.w.running_mean, d);
+    CALL(backward(&l, true, training.indices, FMOE_OVERWRITE, &all));
     if (!same_bits(mean_before, l.w.running_mean, d))
-        result = because("the backward pass moved a running buffer");
-    free(mean_before);
-    free_gradients(&all);
-    free_results(&evaluation);
-    free_results(&training);
-    free_layer(&l);
-    return result;
+        return because("the backward pass moved a running buffer");
+    return HOLDS;
 }
 
 SENTENCE(8, 14,
@@ -608,25 +536,20 @@ SENTENCE(8, 14,
 }
 
 static const char *permuted(const int64_t *size, uint64_t seed) {
-    layer l;
+    layer l LAYER = {0};
     if (!layer_of(size, seed, &l))
         return DOES_NOT_APPLY;
     int64_t T = l.T, d = l.c.hidden_size, K = l.c.num_experts_per_tok;
     layer reversed = l;
-    reversed.x = floats(T * d);
+    float *x OWNED = reversed.x = floats(T * d);
     for (int64_t t = 0; t < T; t++)
-        memcpy(reversed.x + t * d, l.x + (T - 1 - t) * d, (size_t)d * sizeof(float));
-    results r = run(&l, false), s = run(&reversed, false);
-    const char *result = HOLDS;
+        memcpy(x + t * d, l.x + (T - 1 - t) * d, (size_t)d * sizeof(float));
+    results r RESULTS = run(&l, false), s RESULTS = run(&reversed, false);
     for (int64_t t = 0; t < T; t++)
         if (!same_bits(r.y + t * d, s.y + (T - 1 - t) * d, d) ||
             !same_bits(r.scores + t * K, s.scores + (T - 1 - t) * K, K))
-            result = because("token %lld has other bits in another place", (long long)t);
-    free(reversed.x);
-    free_results(&r);
-    free_results(&s);
-    free_layer(&l);
-    return result;
+            return because("token %lld has other bits in another place", (long long)t);
+    return HOLDS;
 }
 
 SENTENCE(8, 15, "Tokens in another order have the same results in that order.", "tokens do not know their neighbours",
@@ -642,31 +565,26 @@ static float *doubled(const float *values, int64_t count) {
 }
 
 static const char *scaling(const int64_t *size, uint64_t seed) {
-    layer l;
+    layer l LAYER = {0};
     if (!layer_of(size, seed, &l))
         return DOES_NOT_APPLY;
     int64_t d = l.c.hidden_size, count = l.T * d;
     layer twice = l, shared = l, routed = l;
-    twice.w.up_embed = shared.w.up_embed = doubled(l.w.up_embed, l.c.num_experts * d);
-    twice.w.down_proj = routed.w.down_proj = doubled(l.w.down_proj, d * l.c.intermediate_size);
-    results r = run(&l, false), both = run(&twice, false), only_up = run(&shared, false),
-            only_down = run(&routed, false);
-    const char *result = HOLDS;
+    float *up OWNED = doubled(l.w.up_embed, l.c.num_experts * d);
+    float *down OWNED = doubled(l.w.down_proj, d * l.c.intermediate_size);
+    twice.w.up_embed = shared.w.up_embed = up;
+    twice.w.down_proj = routed.w.down_proj = down;
+    results r RESULTS = run(&l, false), both RESULTS = run(&twice, false);
+    results only_up RESULTS = run(&shared, false), only_down RESULTS = run(&routed, false);
     for (int64_t i = 0; i < count; i++) {
         if (both.y[i] != 2 * r.y[i])
-            result = because("y[%lld] = %g, twice it is %g", (long long)i, (double)r.y[i], (double)both.y[i]);
+            return because("y[%lld] = %g, twice it is %g", (long long)i, (double)r.y[i], (double)both.y[i]);
         double sum = (double)only_up.y[i] + only_down.y[i], size_of = fabsf(only_up.y[i]) + fabsf(only_down.y[i]);
-        if (fabs(sum - 3.0 * r.y[i]) > 1e-6 * (size_of + fabsf(r.y[i])))
-            result = because("y[%lld]: one branch doubled and the other doubled sum to %g, not 3 · %g", (long long)i,
-                             sum, (double)r.y[i]);
+        if (!(fabs(sum - 3.0 * r.y[i]) <= 1e-6 * (size_of + fabsf(r.y[i]))))
+            return because("y[%lld]: one branch doubled and the other doubled sum to %g, not 3 · %g", (long long)i, sum,
+                           (double)r.y[i]);
     }
-    free((void *)twice.w.up_embed);
-    free((void *)twice.w.down_proj);
-    results *all[] = {&r, &both, &only_up, &only_down};
-    for (int i = 0; i < 4; i++)
-        free_results(all[i]);
-    free_layer(&l);
-    return result;
+    return HOLDS;
 }
 
 SENTENCE(8, 16, "Doubling both output tables doubles y exactly, and each table scales its own branch alone.",
@@ -709,6 +627,8 @@ SENTENCE(8, 18, "Every rung has the same bits for any number of threads and on a
     }
 }
 
+#define PROBLEM FREED(fmoe_problem_free)
+
 /* The first element of y that is not the reference's value rounded to the storage type; −1 if there is none. Both ends
  * of what the float32 sums may be off by are rounded: y lies between. */
 static int64_t rounded_again(const fmoe_problem *p, const float *y) {
@@ -726,7 +646,7 @@ static int64_t rounded_again(const fmoe_problem *p, const float *y) {
         fmoe_from_f32(a->dtype, 2, ends, stored);
         fmoe_to_f32(a->dtype, 2, stored, ends);
         /* A token that chose otherwise, as it may where scores nearly tie, has another y. */
-        bool same_choice = memcmp(a->indices + t * a->K, chosen + t * a->K, (size_t)a->K * sizeof *chosen) == 0;
+        bool same_choice = same_bits(a->indices + t * a->K, chosen + t * a->K, a->K);
         if (same_choice && !(y[i] >= ends[0] && y[i] <= ends[1]))
             return i;
     }
@@ -734,32 +654,26 @@ static int64_t rounded_again(const fmoe_problem *p, const float *y) {
 }
 
 static const char *rounds_once(const int64_t *size, uint64_t seed) {
-    char name[96], why[200] = "";
-    fmoe_case c;
-    fmoe_problem p;
-    snprintf(name, sizeof name, "T%lld-d%lld-I%lld-N%lld-K%lld-normal-%s", (long long)size[0], (long long)size[1],
-             (long long)size[2], (long long)size[3], (long long)size[4], size[5] ? "bf16" : "f16");
     if (size[4] > fmoe_num_keys(size[3]) * fmoe_num_keys(size[3]) || size[5] > 1)
         return DOES_NOT_APPLY;
-    cr_assert(fmoe_case_parse(name, &c) == FMOE_OK && fmoe_problem_new(&fmoe_step_layer, &c, seed, &p) == FMOE_OK, "%s",
-              fmoe_error_message());
-    const char *result = HOLDS;
-    for (const fmoe_rung *rung = chapter8_rungs; rung->run && result == HOLDS; rung++) {
+    fmoe_problem p PROBLEM = new_problem(&fmoe_step_layer, seed, "T%lld-d%lld-I%lld-N%lld-K%lld-normal-%s",
+                                         (long long)size[0], (long long)size[1], (long long)size[2], (long long)size[3],
+                                         (long long)size[4], size[5] ? "bf16" : "f16");
+    for (const fmoe_rung *rung = chapter8_rungs; rung->run; rung++) {
         double error;
+        char why[200] = "";
         fmoe_status status = fmoe_rung_check(rung, &p, &error, why);
         if (status == FMOE_UNSUPPORTED)
             continue;
-        float *y = status == FMOE_OK ? fmoe_problem_f32(&p, "y") : NULL;
-        int64_t i = y ? rounded_again(&p, y) : 0;
+        float *y OWNED = status == FMOE_OK ? fmoe_problem_f32(&p, "y") : NULL;
         if (!y)
-            result = because("%s, %s: %s", rung->name, name, why);
-        else if (i >= 0)
-            result = because("%s, %s: y[%lld] is %.9g, and %.9g is to be rounded", rung->name, name, (long long)i,
-                             (double)y[i], (double)((float *)fmoe_problem_find(&p, "y")->expected)[i]);
-        free(y);
+            return because("%s, %s: %s", rung->name, p.c.name, why);
+        int64_t i = rounded_again(&p, y);
+        if (i >= 0)
+            return because("%s, %s: y[%lld] is %.9g, and %.9g is to be rounded", rung->name, p.c.name, (long long)i,
+                           (double)y[i], (double)((float *)fmoe_problem_find(&p, "y")->expected)[i]);
     }
-    fmoe_problem_free(&p);
-    return result;
+    return HOLDS;
 }
 
 SENTENCE(8, 37, "In 16-bit storage every rung rounds each element of y once, the sum of both branches.",
@@ -772,10 +686,7 @@ SENTENCE(8, 37, "In 16-bit storage every rung rounds each element of y once, the
 
 /* A problem whose outputs are the reference's own, in float32. */
 static fmoe_problem judged(uint64_t seed, const char *name) {
-    fmoe_case c;
-    fmoe_problem p;
-    cr_assert(fmoe_case_parse(name, &c) == FMOE_OK && fmoe_problem_new(&fmoe_step_layer, &c, seed, &p) == FMOE_OK, "%s",
-              fmoe_error_message());
+    fmoe_problem p = new_problem(&fmoe_step_layer, seed, "%s", name);
     for (int i = 0; i < p.num_arguments; i++)
         if (p.arguments[i].role != ROLE_INPUT)
             memcpy(p.arguments[i].data, p.arguments[i].expected, (size_t)p.arguments[i].count * 4);
@@ -795,7 +706,8 @@ SENTENCE(8, 19, "The judge of the rungs takes the reference's results and refuse
          "a judge that lets everything pass would make every other sentence about rungs worthless",
          "results spoilt on purpose") {
     for (int training = 0; training < 2; training++) {
-        fmoe_problem p = judged(fresh_seed(), training ? "T9-d8-I12-N64-K5-normal-f32-train" : "T9-d8-I12-N64-K5-f32");
+        fmoe_problem p PROBLEM =
+            judged(fresh_seed(), training ? "T9-d8-I12-N64-K5-normal-f32-train" : "T9-d8-I12-N64-K5-f32");
         char why[200] = "";
         double error = fmoe_problem_error(&p, why);
         expect(error == 0, "the reference itself: error %g, %s", error, why);
@@ -820,6 +732,5 @@ SENTENCE(8, 19, "The judge of the rungs takes the reference's results and refuse
         scores[1] = score;
         error = fmoe_problem_error(&p, why);
         expect(error < 1e-6, "two places exchanged with their scores: error %g, %s", error, why);
-        fmoe_problem_free(&p);
     }
 }
