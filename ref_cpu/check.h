@@ -38,8 +38,8 @@ fmoe_status fmoe_no_memory(int64_t count, size_t size);
 /* ⟨a, b⟩. Always this one function, so that the same two rows give the same bits whoever asks. */
 double fmoe_dot(int64_t count, const float *a, const float *b);
 
-/* log Σ exp z over n logits; NaN if one of them is NaN or +∞ (router.c). */
-double fmoe_log_sum_exp(int64_t n, const float *z);
+/* log Σ exp z over n logits is best + what is returned; NaN if one of them is NaN or +∞ (router.c). */
+double fmoe_log_sum_exp(int64_t n, const float *z, double *best);
 
 /* Sums of rows run over blocks of columns: the sums of a block are doubles on the stack, and the block of every row
  * stays in the first-level cache. */

@@ -189,15 +189,17 @@ static fmoe_status check_rows(int64_t rows, int64_t n) {
 }
 
 // [log-sum-exp]
-/* log Σ exp z. The largest logit is taken out first, so that exp cannot overflow. NaN if a logit is NaN or +∞. */
-double fmoe_log_sum_exp(int64_t n, const float *z) {
+/* log Σ exp z in two parts: the best logit is taken out, so that exp cannot overflow, and stays apart, because one of
+ * 1e30 would swallow the rest. NaN if a logit is NaN or +∞. */
+double fmoe_log_sum_exp(int64_t n, const float *z, double *best) {
     double largest = z[0];
     for (int64_t i = 1; i < n; i++)
         largest = z[i] > largest ? z[i] : largest;
     double sum = exp(z[0] - largest);
     for (int64_t i = 1; i < n; i++)
         sum += exp(z[i] - largest);
-    return largest + log(sum);
+    *best = largest;
+    return log(sum);
 }
 // [/log-sum-exp]
 
@@ -208,9 +210,9 @@ fmoe_status fmoe_log_softmax(int64_t rows, int64_t n, const float *logits, float
     TRY(fmoe_check_pointer("log_probs", log_probs, rows * n));
 #pragma omp parallel for schedule(static)
     for (int64_t r = 0; r < rows; r++) {
-        double log_sum = fmoe_log_sum_exp(n, logits + r * n);
+        double best, log_sum = fmoe_log_sum_exp(n, logits + r * n, &best);
         for (int64_t i = 0; i < n; i++)
-            log_probs[r * n + i] = (float)(logits[r * n + i] - log_sum);
+            log_probs[r * n + i] = (float)(logits[r * n + i] - best - log_sum);
     }
     return FMOE_OK;
 }
@@ -225,11 +227,11 @@ fmoe_status fmoe_log_softmax_backward(int64_t rows, int64_t n, const float *logi
     TRY(fmoe_check_pointer("dlogits", dlogits, rows * n));
 #pragma omp parallel for schedule(static)
     for (int64_t r = 0; r < rows; r++) {
-        double log_sum = fmoe_log_sum_exp(n, logits + r * n), total = 0;
+        double best, log_sum = fmoe_log_sum_exp(n, logits + r * n, &best), total = 0;
         for (int64_t i = 0; i < n; i++)
             total += dlog_probs[r * n + i];
         for (int64_t i = 0; i < n; i++)
-            dlogits[r * n + i] = (float)(dlog_probs[r * n + i] - exp(logits[r * n + i] - log_sum) * total);
+            dlogits[r * n + i] = (float)(dlog_probs[r * n + i] - exp(logits[r * n + i] - best - log_sum) * total);
     }
     return FMOE_OK;
 }

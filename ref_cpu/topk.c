@@ -63,10 +63,10 @@ static int64_t list_candidates(int64_t n, int64_t K, const entry *x, const entry
 /* Log-probabilities of a token's chosen pairs, and their routing weights, in double. */
 static void scores_and_weights(int64_t n, int64_t K, bool norm_topk_prob, const float *x, const float *y,
                                const int32_t *indices, double *scores, double *weights) {
-    double log_sum = fmoe_log_sum_exp(n, x) + fmoe_log_sum_exp(n, y);
+    double best_x, best_y, log_sum = fmoe_log_sum_exp(n, x, &best_x) + fmoe_log_sum_exp(n, y, &best_y);
     double largest = -INFINITY, sum = 0;
     for (int64_t k = 0; k < K; k++) {
-        scores[k] = (double)x[indices[k] / n] + y[indices[k] % n] - log_sum;
+        scores[k] = (x[indices[k] / n] - best_x) + (y[indices[k] % n] - best_y) - log_sum;
         largest = scores[k] > largest ? scores[k] : largest;
     }
     /* A common factor cancels when the weights are normalised, and without it they could all underflow. */
@@ -160,11 +160,11 @@ static void score_gradients(int64_t K, bool norm_topk_prob, const double *weight
 // [side-backward]
 /* log-softmax backwards: the keys' gradients, less each key's probability times their total. */
 static void side_backward(int64_t n, const float *z, const double *dlog_probs, float *dlogits) {
-    double log_sum = fmoe_log_sum_exp(n, z), total = 0;
+    double best, log_sum = fmoe_log_sum_exp(n, z, &best), total = 0;
     for (int64_t i = 0; i < n; i++)
         total += dlog_probs[i];
     for (int64_t i = 0; i < n; i++)
-        dlogits[i] = (float)(dlog_probs[i] - exp(z[i] - log_sum) * total);
+        dlogits[i] = (float)(dlog_probs[i] - exp(z[i] - best - log_sum) * total);
 }
 // [/side-backward]
 
