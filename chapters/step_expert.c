@@ -100,12 +100,14 @@ static fmoe_work work(const fmoe_problem *p, const fmoe_ceilings *c) {
     fmoe_work w = {.bytes = 2 * table + 2 * tokens + 8 * pairs, .flops = 4 * pairs * d};
 
     double multiply = 2 * pairs * d / c->fma_gflops, stream = table / c->copy_gbs;
-    double by_token = 2 * fmax(pairs * d * size / fmoe_gather_gbs(c, table), fmax(stream, multiply));
+    double gather = pairs * d * size / fmoe_gather_gbs(c, table);
+    double by_token = 2 * fmax(gather, fmax(stream, multiply));
     double by_expert = 2 * fmax(pairs * d * size / fmoe_gather_gbs(c, tokens), fmax(stream, multiply));
     double dense = 2 * fmax(2 * T * N * d / c->fma_gflops, N * d * size / c->copy_gbs);
 
     w.floor_ms = by_token * 1e-6;
-    w.floor_why = "by token: a row a pair, gathered from either table";
+    w.floor_why = gather > stream ? "by token: a row a pair, gathered from either table"
+                                  : "by token: either table read once, which takes longer than its gathers from cache";
     if (by_expert < by_token) {
         w.floor_ms = by_expert * 1e-6;
         w.floor_why = "by expert: either table read once, a row of tokens a pair and phase";
