@@ -30,7 +30,7 @@ typedef struct {
 
 /* As many columns as let a slice of y stay in a second-level cache beside what streams past: 512 KB of floats. */
 static int64_t slice_width(const fmoe_expert_args *a) {
-    int64_t width = (1 << 17) / (a->T + 1) / LANES * LANES;
+    int64_t width = (1 << 17) / (a->T > 0 ? a->T : 1) / LANES * LANES;
     return width < LANES ? LANES : width > 128 ? 128 : width;
 }
 
