@@ -113,7 +113,6 @@ static float log_sum_exp(int64_t n, const float *z) {
     return largest + (float)log(sum);
 }
 
-// [plain-route]
 static void plain_route(const plain *p, int64_t t, float *scratch) {
     const fmoe_layer_args *a = p->a;
     int64_t d = a->d, n = a->n, K = a->K;
@@ -139,9 +138,7 @@ static void plain_route(const plain *p, int64_t t, float *scratch) {
     for (int64_t k = 0; k < K && a->norm_topk_prob; k++)
         weights[k] /= total;
 }
-// [/plain-route]
 
-// [plain-experts]
 static void plain_experts(const plain *p, int64_t t, float *scratch) {
     const fmoe_layer_args *a = p->a;
     int64_t d = a->d, K = a->K;
@@ -157,7 +154,6 @@ static void plain_experts(const plain *p, int64_t t, float *scratch) {
             routed[h] += activation * up[h];
     }
 }
-// [/plain-experts]
 
 // [plain-mlp]
 /* The shared branch, and the sum of both. */
