@@ -1,4 +1,5 @@
 /* The program that climbs a chapter's ladders: check, time, print, record, draw. */
+#include "device.h"
 #include "program.h"
 
 #include "../ref_cpu/check.h"
@@ -71,6 +72,10 @@ static outcome measure(const fmoe_rung *rung, fmoe_problem *p) {
         return wrong(o.error, "%s", why);
     if (!(o.error <= limit))
         return wrong(o.error, "error %.1e over %.0e: %s", o.error, limit, why);
+    if (rung->backend == BACKEND_CUDA) {
+        status = fmoe_device_time(rung, p, &o.timing);
+        return status == FMOE_OK ? o : wrong(o.error, "%.200s", fmoe_error_message());
+    }
     timed_run run = {.rung = rung, .problem = p};
     if (workspace_new(rung_workspace(rung, p), &run.space) != FMOE_OK)
         return wrong(o.error, "%.200s", fmoe_error_message());
@@ -93,21 +98,20 @@ static bool is_chosen(const fmoe_rung *rung) {
 }
 
 static bool any_chosen(const fmoe_ladder *ladder) {
-    for (const fmoe_rung *rung = ladder->rungs; rung->run; rung++)
+    const fmoe_rung *rung;
+    for (int i = 0; (rung = ladder_rung(ladder, i)); i++)
         if (is_chosen(rung))
             return true;
     return false;
 }
 
-static bool has_cuda(const fmoe_ladder *ladder) {
-    for (const fmoe_rung *rung = ladder->rungs; rung->run; rung++)
-        if (rung->backend == BACKEND_CUDA)
-            return true;
-    return false;
+/* Where there is no device, what others recorded is shown in place of the GPU's rungs. */
+static bool climbs_gpu(const fmoe_ladder *ladder) {
+    return ladder->cuda && fmoe_device_get()->present;
 }
 
-static bool has_library(const fmoe_ladder *ladder) {
-    for (const fmoe_rung *rung = ladder->rungs; rung->run; rung++)
+static bool has_library(const fmoe_rung *rungs) {
+    for (const fmoe_rung *rung = rungs; rung->run; rung++)
         if (rung->library && is_chosen(rung))
             return true;
     return false;
@@ -156,10 +160,10 @@ static void remember(const fmoe_rung *rung, double ms, baselines *base) {
 }
 
 /* The library's time stands in every line, so it is taken first and shown in its turn. */
-static outcome measure_library(const fmoe_ladder *ladder, fmoe_problem *p, const fmoe_rung **library) {
+static outcome measure_library(const fmoe_rung *rungs, fmoe_problem *p, const fmoe_rung **library) {
     outcome o = {0};
     *library = NULL;
-    for (const fmoe_rung *rung = ladder->rungs; rung->run && !*library; rung++)
+    for (const fmoe_rung *rung = rungs; rung->run && !*library; rung++)
         if (rung->library && is_chosen(rung)) {
             fmoe_progress("%s %s: %s", p->step->op, p->c.name, rung->name);
             o = measure(rung, p);
@@ -168,11 +172,12 @@ static outcome measure_library(const fmoe_ladder *ladder, fmoe_problem *p, const
     return o;
 }
 
-static void climb(const fmoe_ladder *ladder, fmoe_problem *p, const fmoe_work *work) {
+/* One back end's rungs; best_cpu_ms is what its CPU rungs reached, for the GPU's to be compared with. */
+static void climb(const fmoe_rung *rungs, fmoe_problem *p, const fmoe_work *work, double *best_cpu_ms) {
     const fmoe_rung *library;
-    outcome of_library = measure_library(ladder, p, &library);
-    baselines base = {.library_ms = of_library.timing.median_ms};
-    for (const fmoe_rung *rung = ladder->rungs; rung->run; rung++) {
+    outcome of_library = measure_library(rungs, p, &library);
+    baselines base = {.library_ms = of_library.timing.median_ms, .best_cpu_ms = *best_cpu_ms};
+    for (const fmoe_rung *rung = rungs; rung->run; rung++) {
         if (!is_chosen(rung))
             continue;
         if (fmoe_opt.predict)
@@ -189,10 +194,26 @@ static void climb(const fmoe_ladder *ladder, fmoe_problem *p, const fmoe_work *w
         fmoe_csv_row(p->step->op, p->c.name, rung->name, rung->level, rung->backend, p->c.dtype, o.timing, o.error,
                      *work);
     }
+    *best_cpu_ms = base.best_cpu_ms;
+}
+
+static fmoe_work work_on(const fmoe_problem *p, const fmoe_ceilings *machine) {
+    fmoe_work work = p->step->work(p, machine);
+    if (work.floor_ms > 0)
+        printf("  floor %.4g ms: %s\n", work.floor_ms, work.floor_why ? work.floor_why : "");
+    return work;
+}
+
+/* The ladder's rungs on the CPU, or only the last of them. */
+static const fmoe_rung *cpu_rungs(const fmoe_ladder *ladder, bool last_only) {
+    const fmoe_rung *rungs = ladder->rungs;
+    while (last_only && rungs->run && rungs[1].run)
+        rungs++;
+    return rungs;
 }
 
 /* 0, or the status to exit with. */
-static int climb_case(const fmoe_ladder *ladder, const char *name) {
+static int climb_case(const fmoe_ladder *ladder, const char *name, bool last_cpu_rung_only) {
     fmoe_case c;
     fmoe_problem p;
     fmoe_progress("%s %s: drawing the inputs, computing the reference", ladder->step->op, name);
@@ -204,13 +225,19 @@ static int climb_case(const fmoe_ladder *ladder, const char *name) {
         fprintf(stderr, "%s %s: %s: %s\n", ladder->step->op, name, fmoe_status_name(status), fmoe_error_message());
         return opt_more.num_cases ? 2 : 1;
     }
-    fmoe_work work = ladder->step->work(&p, fmoe_machine_ceilings());
+    const fmoe_rung *rungs = cpu_rungs(ladder, last_cpu_rung_only);
+    double best_cpu_ms = 0;
     printf("\n%s  %s\n", ladder->step->op, name);
-    if (work.floor_ms > 0)
-        printf("  floor %.4g ms: %s\n", work.floor_ms, work.floor_why ? work.floor_why : "");
-    table_header(has_cuda(ladder) ? "best cpu" : "first", has_library(ladder));
-    climb(ladder, &p, &work);
-    recorded_show(&recorded, ladder->step->op, name, !has_cuda(ladder));
+    fmoe_work work = work_on(&p, fmoe_machine_ceilings());
+    table_header("first", has_library(rungs));
+    climb(rungs, &p, &work, &best_cpu_ms);
+    if (climbs_gpu(ladder)) {
+        printf("  on %s\n", fmoe_device_get()->name);
+        work = work_on(&p, fmoe_device_ceilings());
+        table_header("best cpu", has_library(ladder->cuda));
+        climb(ladder->cuda, &p, &work, &best_cpu_ms);
+    }
+    recorded_show(&recorded, ladder->step->op, name, !climbs_gpu(ladder));
     predict_compare();
     fmoe_problem_free(&p);
     return 0;
@@ -266,24 +293,46 @@ static bool seen_before(const char *const *cases, int count, const char *name) {
     return false;
 }
 
+static int climb_cases(const fmoe_chapter *chapter, const fmoe_ladder *ladder, const char *const *cases,
+                       bool last_cpu_rung_only) {
+    for (int i = 0; cases && cases[i]; i++) {
+        char name[128];
+        with_dtype(cases[i], name, sizeof name);
+        if ((opt_more.num_cases && !case_fits(chapter, ladder, cases[i])) || seen_before(cases, i, name))
+            continue;
+        int status = climb_case(ladder, name, last_cpu_rung_only);
+        if (status)
+            return status;
+    }
+    return 0;
+}
+
 static int climb_ladder(const fmoe_chapter *chapter, const fmoe_ladder *ladder) {
     if (!any_chosen(ladder))
         return 0;
     const char *const *cases = fmoe_opt.quick && ladder->quick_cases ? ladder->quick_cases : ladder->cases;
     if (opt_more.num_cases)
         cases = opt_more.cases; /* ended by NULL: one more place than --case fills */
-    for (int i = 0; cases && cases[i]; i++) {
-        char name[128];
-        with_dtype(cases[i], name, sizeof name);
-        if ((opt_more.num_cases && !case_fits(chapter, ladder, cases[i])) || seen_before(cases, i, name))
-            continue;
-        int status = climb_case(ladder, name);
-        if (status)
-            return status;
-    }
-    if (!opt_more.num_cases && !has_cuda(ladder))
+    int status = climb_cases(chapter, ladder, cases, false);
+    if (!status && !opt_more.num_cases && !fmoe_opt.quick && climbs_gpu(ladder))
+        status = climb_cases(chapter, ladder, ladder->cuda_cases, true);
+    if (!status && !opt_more.num_cases && !climbs_gpu(ladder))
         recorded_show_rest(&recorded, ladder->step->op);
-    return 0;
+    return status;
+}
+
+static void print_gpu(const fmoe_chapter *chapter) {
+    bool wanted = false;
+    for (const fmoe_ladder *ladder = chapter->ladders; ladder->step; ladder++)
+        wanted |= ladder->cuda != NULL;
+    const fmoe_device *gpu = fmoe_device_get();
+    if (wanted && gpu->present) {
+        const fmoe_ceilings *m = fmoe_device_ceilings();
+        printf("%s (%s): copy %.3g GB/s, FMA %.3g GFLOP/s, 16-bit GEMM %.3g GFLOP/s, a launch %.2g µs\n", gpu->name,
+               gpu->driver, m->copy_gbs, m->fma_gflops, m->gemm_gflops, m->fork_join_us);
+    } else if (wanted) {
+        printf("GPU rungs: %s; recorded ones are shown where there are any\n", gpu->why_not);
+    }
 }
 
 static void print_machine(const fmoe_chapter *chapter) {
@@ -298,6 +347,7 @@ static void print_machine(const fmoe_chapter *chapter) {
     if (m->num_gather > 0)
         printf("gather of random 1 KB rows: %.3g GB/s from %g MB, %.3g GB/s from %g MB\n", m->gather_gbs[0],
                m->gather_mb[0], m->gather_gbs[m->num_gather - 1], m->gather_mb[m->num_gather - 1]);
+    print_gpu(chapter);
     fflush(stdout);
 }
 

@@ -13,6 +13,10 @@
 
 #include <stdio.h>
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 /* ---- Case (case.c) ----------------------------------------------------------------------------------------------- */
 
 typedef enum {
@@ -97,14 +101,17 @@ typedef struct {
     double copy_gbs; /* read + written */
     int num_gather;  /* random rows of 1 KB, by table size */
     double gather_mb[8], gather_gbs[8];
-    double fma_gflops;   /* float32, registers only, all threads */
-    double fork_join_us; /* an empty parallel region */
+    double fma_gflops;  /* float32, registers only, all threads */
+    double gemm_gflops; /* a large product of 16-bit matrices through the vendor's library; a CPU's is its fma_gflops */
+    double fork_join_us; /* an empty parallel region; on a GPU an empty launch in a full stream */
 } fmoe_ceilings;
 
 /* Measured once a machine and a thread count, then read back from build/ceilings-*.csv. Takes about a second. */
 const fmoe_ceilings *fmoe_machine_ceilings(void);
 /* The gather rate for a table of this many bytes, interpolated between the measured sizes. GB/s. */
 double fmoe_gather_gbs(const fmoe_ceilings *ceilings, double table_bytes);
+/* The rate of a dense product of matrices stored so: fma_gflops for float32, else gemm_gflops. */
+double fmoe_product_gflops(const fmoe_ceilings *ceilings, fmoe_dtype dtype);
 
 struct fmoe_step {
     const char *op;   /* "topk": the name in CSV files and in performance figures */
@@ -168,9 +175,12 @@ fmoe_status fmoe_rung_check(const fmoe_rung *rung, fmoe_problem *p, double *erro
 
 typedef struct {
     const fmoe_step *step;
-    const fmoe_rung *rungs;         /* ended by a rung whose run is NULL */
+    const fmoe_rung *rungs;         /* on the CPU, ended by a rung whose run is NULL */
     const char *const *cases;       /* default cases, ended by NULL; about ten seconds for all of a chapter's */
     const char *const *quick_cases; /* --quick; about three seconds */
+    const fmoe_rung *cuda; /* optional: on the GPU, ended like rungs; climbed after them where there is a device */
+    const char *const
+        *cuda_cases; /* optional: more cases where there is a device; of the CPU only its last rung climbs */
 } fmoe_ladder;
 
 typedef struct {
@@ -215,4 +225,7 @@ void fmoe_csv_row(const char *op, const char *case_name, const char *variant, fm
                   fmoe_dtype dtype, fmoe_timing timing, double rel_err, fmoe_work work);
 void fmoe_progress(const char *format, ...) __attribute__((format(printf, 1, 2))); /* stderr, only on a terminal */
 
+#ifdef __cplusplus
+}
+#endif
 #endif

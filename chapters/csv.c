@@ -1,4 +1,5 @@
 /* The recorded data: one row a measurement, written while a chapter runs and read back to show other machines'. */
+#include "device.h"
 #include "program.h"
 
 #include "../ref_cpu/check.h"
@@ -83,13 +84,22 @@ fmoe_status csv_open(int chapter, const char *path) {
     if (!uname(&system))
         fprintf(out, "# system: %s %s %s\n", system.sysname, system.release, system.machine);
     fprintf(out, "# compiler: %s\n", FMOE_COMPILER);
-    fprintf(out, "# clocks seen: %s\n# date: %s\n# commit: %s\n%s\n", clocks, date, commit, COLUMNS);
+    fprintf(out, "# clocks seen: %s\n# date: %s\n# commit: %s\n", clocks, date, commit);
+    if (fmoe_device_get()->present)
+        fprintf(out, "# gpu: %s, driver %s\n", fmoe_device_get()->name, fmoe_device_get()->driver);
+    fprintf(out, "%s\n", COLUMNS);
     return FMOE_OK;
 }
 
 void csv_close(void) {
-    if (out)
-        fclose(out);
+    if (!out)
+        return;
+    if (fmoe_device_get()->present) {
+        char clocks[64];
+        fmoe_device_clocks(clocks, sizeof clocks);
+        fprintf(out, "# gpu clocks seen at the end: %s\n", clocks);
+    }
+    fclose(out);
     out = NULL;
 }
 
@@ -113,8 +123,9 @@ void fmoe_csv_row(const char *op, const char *case_name, const char *variant, fm
     put_number(work.floor_ms);
     char date[16];
     today(date, sizeof date);
-    fprintf(out, "%d,", fmoe_opt.threads);
-    put_text(machine_device());
+    bool gpu = backend == BACKEND_CUDA;
+    fprintf(out, "%d,", gpu ? 0 : fmoe_opt.threads);
+    put_text(gpu ? fmoe_device_get()->name : machine_device());
     fprintf(out, ",%s\n", date);
     fflush(out);
 }

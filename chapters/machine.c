@@ -1,5 +1,10 @@
 /* The machine: its name, and its ceilings, measured once and then read back. Every floor is computed from them. */
+#include "device.h"
 #include "program.h"
+
+#ifdef FMOE_WITH_CUDA
+#include "../cuda/machine/machine_cuda.h"
+#endif
 
 #include <ctype.h>
 #include <math.h>
@@ -105,7 +110,8 @@ static void cache_write(const fmoe_ceilings *m) {
     fprintf(file, "copy_gbs,,%.4g\n", m->copy_gbs);
     for (int i = 0; i < m->num_gather; i++)
         fprintf(file, "gather_gbs,%g,%.4g\n", m->gather_mb[i], m->gather_gbs[i]);
-    fprintf(file, "fma_gflops,,%.4g\nfork_join_us,,%.4g\n", m->fma_gflops, m->fork_join_us);
+    fprintf(file, "fma_gflops,,%.4g\ngemm_gflops,,%.4g\nfork_join_us,,%.4g\n", m->fma_gflops, m->gemm_gflops,
+            m->fork_join_us);
     fclose(file);
 }
 
@@ -122,6 +128,8 @@ static bool cache_read(fmoe_ceilings *m) {
             m->copy_gbs = rate;
         else if (sscanf(line, "fma_gflops,,%lf", &rate) == 1)
             m->fma_gflops = rate;
+        else if (sscanf(line, "gemm_gflops,,%lf", &rate) == 1)
+            m->gemm_gflops = rate;
         else if (sscanf(line, "fork_join_us,,%lf", &rate) == 1)
             m->fork_join_us = rate;
         else if (m->num_gather < 8 && sscanf(line, "gather_gbs,%lf,%lf", &mb, &rate) == 2) {
@@ -130,6 +138,8 @@ static bool cache_read(fmoe_ceilings *m) {
         }
     }
     fclose(file);
+    if (!(m->gemm_gflops > 0))
+        m->gemm_gflops = m->fma_gflops;
     return m->copy_gbs > 0 && m->fma_gflops > 0 && m->fork_join_us > 0 && m->num_gather > 0;
 }
 
@@ -146,10 +156,14 @@ static void set_ceilings(const ceiling_list *list, fmoe_ceilings *m) {
             m->gather_gbs[m->num_gather++] = c->work.bytes / c->timing.min_ms * 1e-6;
         } else if (!strcmp(c->op, "fma")) {
             m->fma_gflops = c->work.flops / c->timing.min_ms * 1e-6;
-        } else {
+        } else if (!strcmp(c->op, "gemm") && strstr(c->case_name, "bf16")) {
+            m->gemm_gflops = c->work.flops / c->timing.min_ms * 1e-6;
+        } else if (!strcmp(c->op, "fork_join") || !strcmp(c->op, "launch")) {
             m->fork_join_us = c->timing.min_ms * 1e3;
         }
     }
+    if (!(m->gemm_gflops > 0)) /* no 16-bit product, or no library for it */
+        m->gemm_gflops = m->fma_gflops;
 }
 
 const fmoe_ceilings *machine_measure_again(ceiling_list *list) {
@@ -170,6 +184,27 @@ const fmoe_ceilings *fmoe_machine_ceilings(void) {
     return cache_read(&machine) ? &machine : machine_measure_again(&list);
 }
 
+#ifdef FMOE_WITH_CUDA
+const fmoe_ceilings *fmoe_device_ceilings(void) {
+    static fmoe_ceilings gpu;
+    const fmoe_device *device = fmoe_device_get();
+    if (gpu.copy_gbs > 0 || !device->present)
+        return &gpu;
+    snprintf(gpu.device, sizeof gpu.device, "%s", device->name);
+    snprintf(gpu.slug, sizeof gpu.slug, "%s", device->slug);
+    ceiling_list list = {0};
+    if (cache_read(&gpu))
+        return &gpu;
+    gpu.num_gather = 0;
+    fmoe_progress("measuring the GPU's ceilings");
+    cuda_ceilings_measure(&list);
+    fmoe_progress("%s", "");
+    set_ceilings(&list, &gpu);
+    cache_write(&gpu);
+    return &gpu;
+}
+#endif
+
 static const fmoe_ceilings *named(void) {
     static fmoe_ceilings m;
     name_machine(&m);
@@ -181,7 +216,11 @@ const char *machine_device(void) {
 }
 
 const char *machine_slug(void) {
-    return named()->slug;
+    return fmoe_device_get()->present ? fmoe_device_get()->slug : named()->slug;
+}
+
+double fmoe_product_gflops(const fmoe_ceilings *ceilings, fmoe_dtype dtype) {
+    return dtype == FMOE_F32 ? ceilings->fma_gflops : ceilings->gemm_gflops;
 }
 
 double fmoe_gather_gbs(const fmoe_ceilings *ceilings, double table_bytes) {

@@ -62,6 +62,15 @@ static void print_wrapped(int indent, const char *text) {
     putchar('\n');
 }
 
+const fmoe_rung *ladder_rung(const fmoe_ladder *ladder, int i) {
+    const fmoe_rung *parts[] = {ladder->rungs, ladder->cuda};
+    for (int part = 0; part < 2; part++)
+        for (const fmoe_rung *rung = parts[part]; rung && rung->run; rung++)
+            if (i-- == 0)
+                return rung;
+    return NULL;
+}
+
 static void list_cases(const char *title, const char *const *cases) {
     printf("  %s\n", title);
     for (; cases && *cases; cases++)
@@ -72,12 +81,15 @@ static void list(const fmoe_chapter *chapter) {
     printf("Chapter %d: %s\n", chapter->number, chapter->title);
     for (const fmoe_ladder *ladder = chapter->ladders; ladder && ladder->step; ladder++) {
         printf("\n%s\n", ladder->step->op);
-        for (const fmoe_rung *rung = ladder->rungs; rung->run; rung++) {
+        const fmoe_rung *rung;
+        for (int i = 0; (rung = ladder_rung(ladder, i)); i++) {
             printf("  %-18s %-4s %-8s ", rung->name, backend_name(rung->backend), level_name(rung->level));
             print_wrapped(35, rung->idea ? rung->idea : "");
         }
         list_cases("cases", ladder->cases);
         list_cases("cases with --quick", ladder->quick_cases);
+        if (ladder->cuda_cases)
+            list_cases("cases with a GPU", ladder->cuda_cases);
     }
 }
 
@@ -101,8 +113,9 @@ static int bad(const char *option, const char *value, const char *expected) {
 }
 
 static bool is_rung(const fmoe_chapter *chapter, const char *name, size_t length) {
+    const fmoe_rung *rung;
     for (const fmoe_ladder *ladder = chapter->ladders; ladder && ladder->step; ladder++)
-        for (const fmoe_rung *rung = ladder->rungs; rung->run; rung++)
+        for (int i = 0; (rung = ladder_rung(ladder, i)); i++)
             if (strlen(rung->name) == length && !strncmp(rung->name, name, length))
                 return true;
     return false;

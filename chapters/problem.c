@@ -1,4 +1,5 @@
 /* A step at one case: named tensors with data, what they should become, and how far off they are. */
+#include "device.h"
 #include "program.h"
 
 #include "../ref_cpu/check.h"
@@ -254,8 +255,11 @@ void workspace_free(workspace *w) {
 }
 
 fmoe_status rung_supports(const fmoe_rung *rung, const fmoe_problem *p, char *why) {
-    if (rung->backend != BACKEND_CPU)
-        snprintf(why, WHY, "this build has no CUDA");
+    const fmoe_device *gpu = rung->backend == BACKEND_CUDA ? fmoe_device_get() : NULL;
+    if (gpu && !gpu->present)
+        snprintf(why, WHY, "%s", gpu->why_not);
+    else if (gpu && (int)rung->level > gpu->level)
+        snprintf(why, WHY, "needs a newer GPU, or its code in this build");
     else if (rung->available && !rung->available())
         snprintf(why, WHY, "not available on this machine");
     else if (rung->supports && !rung->supports(p->args))
@@ -275,6 +279,8 @@ fmoe_status fmoe_rung_check(const fmoe_rung *rung, fmoe_problem *p, double *erro
     *reason = 0;
     *error = INFINITY;
     TRY(rung_supports(rung, p, reason));
+    if (rung->backend == BACKEND_CUDA)
+        return fmoe_device_rung_check(rung, p, error, reason);
     workspace w;
     fmoe_status status = workspace_new(rung_workspace(rung, p), &w);
     if (status == FMOE_OK) {

@@ -40,7 +40,7 @@ typedef struct {
 
 typedef struct {
     int count;
-    measured_ceiling all[16];
+    measured_ceiling all[32];
 } ceiling_list;
 
 void ceilings_measure(ceiling_list *list);
@@ -48,8 +48,8 @@ void ceilings_measure(ceiling_list *list);
 /* machine.c */
 /* fmoe_machine_ceilings without the cached file; the list receives what was measured. */
 const fmoe_ceilings *machine_measure_again(ceiling_list *list);
-const char *machine_device(void); /* "AMD EPYC (2 threads)" and "amd-epyc-2t", without measuring anything */
-const char *machine_slug(void);
+const char *machine_device(void); /* "AMD EPYC (2 threads)", without measuring anything */
+const char *machine_slug(void);   /* the folder of this machine's records: "amd-epyc-2t"; with a GPU "nvidia-h200" */
 void machine_clocks(char *text, size_t size); /* "2600 to 3700 MHz" as the system reports them now */
 void make_folders(const char *path);          /* the folders a file's path needs; existing ones are fine */
 
@@ -110,6 +110,8 @@ extern options_more opt_more;
 /* -1 to go on, or the status to exit with. */
 int options_read(const fmoe_chapter *chapter, int argc, char **argv);
 bool only_chosen(const char *rung_name);
+/* A ladder's rungs by number, the CPU's and then the GPU's; NULL beyond the last. */
+const fmoe_rung *ladder_rung(const fmoe_ladder *ladder, int i);
 
 /* draw.c */
 void draw_chapter(const fmoe_chapter *chapter, const char *csv_path);

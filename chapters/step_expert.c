@@ -103,7 +103,7 @@ static fmoe_work work(const fmoe_problem *p, const fmoe_ceilings *c) {
     double gather = pairs * d * size / fmoe_gather_gbs(c, table);
     double by_token = 2 * fmax(gather, fmax(stream, multiply));
     double by_expert = 2 * fmax(pairs * d * size / fmoe_gather_gbs(c, tokens), fmax(stream, multiply));
-    double dense = 2 * fmax(2 * T * N * d / c->fma_gflops, N * d * size / c->copy_gbs);
+    double dense = 2 * fmax(2 * T * N * d / fmoe_product_gflops(c, p->c.dtype), N * d * size / c->copy_gbs);
 
     w.floor_ms = by_token * 1e-6;
     w.floor_why = gather > stream ? "by token: a row a pair, gathered from either table"

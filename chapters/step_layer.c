@@ -292,8 +292,9 @@ static fmoe_work work(const fmoe_problem *p, const fmoe_ceilings *c) {
                    .flops = 4 * T * n * d + 4 * T * K * d + 6 * T * I * d};
 
     double gather = 2 * T * K * d * size / fmoe_gather_gbs(c, fmin(used, T) * d * size);
-    double routed = fmin(gather, 4 * T * N * d / c->fma_gflops);
-    double copy = w.bytes / fmax(c->copy_gbs, fmoe_gather_gbs(c, w.bytes)), multiply = w.flops / c->fma_gflops;
+    double routed = fmin(gather, 4 * T * N * d / fmoe_product_gflops(c, p->c.dtype));
+    double copy = w.bytes / fmax(c->copy_gbs, fmoe_gather_gbs(c, w.bytes)),
+           multiply = w.flops / fmoe_product_gflops(c, p->c.dtype);
     w.floor_ms = 1e-6 * fmax(routed, fmax(copy, multiply));
     w.floor_why = "all products at the multiply-add rate";
     if (copy >= fmax(routed, multiply))

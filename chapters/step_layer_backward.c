@@ -191,7 +191,7 @@ static fmoe_work work(const fmoe_problem *p, const fmoe_ceilings *c) {
     double flops = 12 * T * I * d + 8 * T * n * d + 8 * T * K * d;
     double bytes = (2 * (2 * n + 3 * I) + 2 * N) * d * size + 3 * T * d * size + w.bytes - 2 * T * d * size;
     double gather = 3 * T * K * d * size / fmoe_gather_gbs(c, fmin(T, N) * d * size);
-    w.floor_ms += 1e-6 * fmax(flops / c->fma_gflops, fmax(bytes / c->copy_gbs, gather));
+    w.floor_ms += 1e-6 * fmax(flops / fmoe_product_gflops(c, p->c.dtype), fmax(bytes / c->copy_gbs, gather));
     w.floor_why = "forward, then twice its products with everything kept";
     w.flops += flops;
     w.bytes += bytes;

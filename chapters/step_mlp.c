@@ -70,7 +70,7 @@ static fmoe_work work(const fmoe_problem *p, const fmoe_ceilings *ceilings) {
     w.bytes = (3 * d * I + 2 * T * d) * (double)fmoe_dtype_size(args->dtype);
     w.flops = 6 * T * d * I;
     double rate = fmax(ceilings->copy_gbs, fmoe_gather_gbs(ceilings, w.bytes));
-    double memory_ms = w.bytes / rate / 1e6, product_ms = w.flops / ceilings->fma_gflops / 1e6;
+    double memory_ms = w.bytes / rate / 1e6, product_ms = w.flops / fmoe_product_gflops(ceilings, p->c.dtype) / 1e6;
     w.floor_ms = fmax(memory_ms, product_ms);
     w.floor_why = memory_ms > product_ms ? "every weight read once" : "three products at the multiply-add rate";
     return w;

@@ -77,7 +77,7 @@ static fmoe_work work(const fmoe_problem *p, const fmoe_ceilings *c) {
     const arguments *a = p->args;
     double T = (double)a->T, d = (double)a->d, I = (double)a->I;
     fmoe_work w = {.bytes = (6 * d * I + 3 * T * d) * (double)fmoe_dtype_size(a->dtype), .flops = 16 * T * d * I};
-    double memory = w.bytes / c->copy_gbs, products = w.flops / c->fma_gflops;
+    double memory = w.bytes / c->copy_gbs, products = w.flops / fmoe_product_gflops(c, p->c.dtype);
     w.floor_ms = 1e-6 * fmax(memory, products);
     w.floor_why = memory > products ? "weights read and gradients written once" : "eight products at the FMA rate";
     return w;

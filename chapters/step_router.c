@@ -139,9 +139,9 @@ static fmoe_work work(const fmoe_problem *p, const fmoe_ceilings *ceilings) {
     w.flops = 2 * T * 2 * n * d + 2 * T * d + 4 * 2 * T * n;
     double statistics_ms = args->training ? T * d * size / ceilings->copy_gbs / 1e6 : 0;
     double copy_ms = w.bytes / ceilings->copy_gbs / 1e6;
-    double product_ms = w.flops / ceilings->fma_gflops / 1e6;
+    double product_ms = w.flops / fmoe_product_gflops(ceilings, args->dtype) / 1e6;
     w.floor_ms = statistics_ms + fmax(copy_ms, product_ms);
-    w.floor_why = product_ms > copy_ms ? "the product at the multiply-add rate" : "x and the logits at the copy rate";
+    w.floor_why = product_ms > copy_ms ? "the product at the rate of its type" : "x and the logits at the copy rate";
     return w;
 }
 

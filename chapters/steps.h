@@ -10,6 +10,10 @@
 
 #include "chapter.h"
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 #define FMOE_STEPS_VERSION 1
 
 /* Chapter 2. x̂ = norm(x); logits = x̂ · gateᵀ; log_probs = log-softmax of each side. */
@@ -161,4 +165,7 @@ fmoe_status cpu_expert_token_into(const fmoe_expert_args *args, fmoe_dtype y_dty
 fmoe_status cpu_expert_scheduled_into(const fmoe_expert_args *args, fmoe_dtype y_dtype, void *workspace);
 fmoe_status cpu_mlp_into(const fmoe_mlp_args *args, fmoe_dtype y_dtype, void *workspace, size_t workspace_bytes);
 
+#ifdef __cplusplus
+}
+#endif
 #endif

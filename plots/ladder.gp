@@ -31,6 +31,7 @@ stats csv every ::1 using (is_wanted(strcol(2)) && floor_ms(0) > 0 ? floor_ms(0)
 lowest = FLOOR_min < TIME_min ? FLOOR_min : TIME_min
 stats csv every ::1 using (is_wanted(strcol(2)) ? strlen(strcol(4)) : NaN) name 'LABEL' nooutput
 stats csv every ::1 using (is_wanted(strcol(2)) && strcol(6) eq 'cuda' ? 1 : 0) name 'CUDA' nooutput
+stats csv every ::1 using (is_wanted(strcol(2)) && strcol(6) eq 'peer' ? 1 : 0) name 'PEER' nooutput
 low = 10 ** floor(log10(0.8 * lowest))
 high = 10 ** ceil(log10(1.2 * TIME_max))
 high = high / low < 100 ? 100 * low : high
@@ -80,7 +81,8 @@ cpu = 0x8899aa
 core = 0x4c9f38
 advanced = 0xe69f00
 hopper = 0x7b4ea3
-colour(i) = strcol(6) eq 'cpu' ? cpu : strcol(5) eq 'core' ? core : strcol(5) eq 'advanced' ? advanced : hopper
+peer = 0xc0504d
+colour(i) = strcol(6) eq 'cpu' ? cpu : strcol(6) eq 'peer' ? peer : strcol(5) eq 'core' ? core : strcol(5) eq 'advanced' ? advanced : hopper
 set style fill solid 1 noborder
 # Bold needs enhanced text, where an underscore would lower what follows.
 plain(text) = strstrt(text, '_') == 0 ? text : text[1:strstrt(text, '_') - 1].'\\_'.plain(text[strstrt(text, '_') + 1:*])
@@ -97,4 +99,5 @@ plot row = 0, last = '', \
      keyentry with boxes lc rgb cpu title key_of('CPU'), \
      keyentry with boxes lc rgb core title key_of('CUDA core'), \
      keyentry with boxes lc rgb advanced title key_of('CUDA advanced'), \
-     keyentry with boxes lc rgb hopper title key_of('CUDA hopper')
+     keyentry with boxes lc rgb hopper title key_of('CUDA hopper'), \
+     keyentry with boxes lc rgb peer title (PEER_max > 0 ? 'others, as recorded' : '')

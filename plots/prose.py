@@ -53,12 +53,16 @@ def snippet(path, region):
 # ---- Recorded figures -----------------------------------------------------------------------------------------------
 
 
+def read_rows(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(line for line in file if not line.startswith("#")))
+
+
 def recorded(chapter):
     """The chapter's rows from the first device with CPU figures, one without CUDA figures if there is one."""
     choices = []
     for path in sorted(ROOT.glob(f"plots/data/*/chapter{chapter}.csv")):
-        with open(path, newline="") as file:
-            rows = list(csv.DictReader(line for line in file if not line.startswith("#")))
+        rows = read_rows(path)
         backends = {row["backend"] for row in rows}
         if "cpu" in backends:
             choices.append(("cuda" in backends, path, [row for row in rows if row["backend"] == "cpu"]))
@@ -110,6 +114,67 @@ def ladder(chapter, op, case=None):
         group = list(group)
         where = f"{group[0]['device']}, {group[0]['date']}"
         text.append(f"`{op}` at `{name}` on {where} ({link(path)}):\n\n{ladder_table(group)}")
+    put("\n\n".join(text))
+
+
+def recorded_gpu(chapter):
+    """The chapter's CSV and rows from the first machine with CUDA figures."""
+    for path in sorted(ROOT.glob(f"plots/data/*/chapter{chapter}.csv")):
+        rows = read_rows(path)
+        if any(row["backend"] == "cuda" for row in rows):
+            return path.relative_to(ROOT), rows
+    return None, []
+
+
+def gpu_table(rows, cpu, peers):
+    """A line a rung; before them the machine's own best CPU rung, after them what others reach."""
+    lines = ["| rung | level | time (ms) | × the one before | × the best CPU rung | of the floor | error |"]
+    lines.append("| --- | --- |" + " --: |" * 5)
+    best_cpu = min((number(row["median_ms"]) for row in cpu), default=float("nan"))
+    best_gpu = min(number(row["median_ms"]) for row in rows)
+    before = float("nan")
+    for row in rows:
+        time = number(row["median_ms"])
+        floor = number(row["floor_ms"]) / time
+        cells = [
+            row["variant"],
+            row["level"],
+            digits(time),
+            digits(before / time, 2),
+            digits(best_cpu / time, 2),
+            digits(100 * floor, 1 if floor < 0.1 else 2) + " %" if floor == floor else "",
+            f"{number(row['rel_err']):.1e}" if number(row["rel_err"]) else "0",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+        before = time
+    for row in sorted(peers, key=lambda row: number(row["median_ms"])):
+        time = number(row["median_ms"])
+        lines.append(f"| *{row['variant']}* | *peer* | {digits(time)} | {digits(time / best_gpu, 2)} × ours | | | |")
+    if best_cpu == best_cpu:
+        name = min(cpu, key=lambda row: number(row["median_ms"]))
+        lines.append(f"| *{name['variant']}* | *best CPU* | {digits(best_cpu)} | | 1.0 | | |")
+    return "\n".join(lines)
+
+
+def gpu_ladder(chapter, op, case=None):
+    """A table a case of the CUDA rungs, with the peers' recorded figures at the same case."""
+    path, rows = recorded_gpu(chapter)
+    rows = [row for row in rows if row["op"] == op and case in (None, row["case"])]
+    cases = dict.fromkeys(row["case"] for row in rows if row["backend"] == "cuda")
+    if not cases:
+        where = f" at `{case}`" if case else ""
+        put(f"*No GPU figures of `{op}`{where} are recorded yet; `make chapter{chapter} && ./chapter{chapter}` measures them.*")
+        return
+    text = []
+    for name in cases:
+        here = [row for row in rows if row["case"] == name]
+        gpu = [row for row in here if row["backend"] == "cuda"]
+        cpu = [row for row in here if row["backend"] == "cpu"]
+        others = path.parent / "peers.csv"
+        peers = read_rows(ROOT / others) if (ROOT / others).exists() else []
+        peers = [row for row in peers if row["op"] == op and row["case"] == name]
+        where = f"{gpu[0]['device']}, {gpu[0]['date']}"
+        text.append(f"`{op}` at `{name}` on {where} ({link(path)}):\n\n{gpu_table(gpu, cpu, peers)}")
     put("\n\n".join(text))
 
 

@@ -1,9 +1,18 @@
 /* Chapter 9: the backward pass. */
-#include "values.h"
+#include "cuda_values.h"
 
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
+
+/* What the properties below hold to account. A sentence about the GPU puts the GPU's in their place: its process runs
+ * no other. */
+static const fmoe_rung *topk_ladder = chapter9_topk_rungs;
+static fmoe_status (*topk_backward)(int64_t T, int64_t n, int64_t K, bool norm, const float *logits,
+                                    const int32_t *indices, const float *dweights, const float *dscores,
+                                    float *dlogits) = fmoe_topk_backward;
+static fmoe_status (*log_softmax_backward)(int64_t rows, int64_t n, const float *logits, const float *dlog_probs,
+                                           float *dlogits) = fmoe_log_softmax_backward;
 
 /* ---- Finite differences ------------------------------------------------------------------------------------------ */
 
@@ -151,7 +160,7 @@ static const char *log_softmax_gradient(const int64_t *size, uint64_t seed) {
     float *z OWNED = normals(seed, 0, 2, rows * n), *out OWNED = floats(rows * n), *dz OWNED = floats(rows * n);
     float *dout OWNED = normals(seed, 1, 1, rows * n);
     router_context c = {.T = rows, .n = n, .x = z, .out = out, .dout = dout};
-    CALL(fmoe_log_softmax_backward(rows, n, z, dout, dz));
+    CALL(log_softmax_backward(rows, n, z, dout, dz));
     for (int64_t r = 0; r < rows; r++) {
         double sum = 0;
         for (int64_t i = 0; i < n; i++)
@@ -201,7 +210,7 @@ static const char *topk_gradient(const int64_t *size, uint64_t seed) {
     c.dscores = given & 2 ? dscores : NULL;
     if (T > 1) /* and one token by the rule itself */
         CALL(fmoe_topk(1, n, K, false, logits, indices, NULL, NULL));
-    CALL(fmoe_topk_backward(T, n, K, c.norm, logits, indices, c.dweights, c.dscores, dlogits));
+    CALL(topk_backward(T, n, K, c.norm, logits, indices, c.dweights, c.dscores, dlogits));
     return check_gradient("logits", logits, 2 * T * n, dlogits, topk_loss, &c);
 }
 
@@ -602,7 +611,7 @@ static const char *type_name(int64_t type) {
 static const char *topk_rungs(const int64_t *size, uint64_t seed) {
     if (size[2] > size[1] * size[1])
         return DOES_NOT_APPLY;
-    return rungs_agree(&fmoe_step_topk_backward, chapter9_topk_rungs, seed, "T%d-n%d-K%d-normal-%s%s", (int)size[0],
+    return rungs_agree(&fmoe_step_topk_backward, topk_ladder, seed, "T%d-n%d-K%d-normal-%s%s", (int)size[0],
                        (int)size[1], (int)size[2], type_name(size[3]), size[4] ? "-norm" : "");
 }
 
@@ -725,4 +734,464 @@ SENTENCE(9, 20, "Every backward function refuses what its forward function refus
             FMOE_NULL_POINTER, "up_proj.weight");
     for (int i = 0; i < 64; i++)
         expect(out[i] == 7, "a refused call wrote to an output");
+}
+
+/* ---- On the GPU: top-k ------------------------------------------------------------------------------------------- */
+
+CUDA_SENTENCE(9, 21,
+              "Every GPU rung of topk_backward computes the logits' gradients, for n up to 1,024 and K to 4,096.",
+              "fixed point and registers must be as good as floating point in order", "the reference, to 1e-5") {
+    topk_ladder = cuda_topk_backward_rungs;
+    for_sizes("T n K type norm", topk_rungs,
+              SIZES({0, 3, 2, 0, 0}, {1, 1, 1, 0, 0}, {1, 1, 1, 0, 1}, {3, 5, 1, 0, 1}, {7, 13, 6, 0, 0},
+                    {7, 13, 6, 1, 1}, {7, 13, 6, 2, 0}, {29, 17, 289, 0, 1}, {5, 40, 100, 2, 1}, {64, 33, 16, 1, 0},
+                    {33, 128, 64, 0, 0}, {1001, 128, 64, 2, 1}, {5, 256, 32, 1, 1}, {3, 320, 512, 0, 0},
+                    {2, 1024, 4096, 0, 1}, {2, 1023, 4095, 2, 0}, {3, 64, 4096, 0, 0}, {40000, 8, 2, 0, 1}));
+    for_random_sizes("T n K type norm", topk_rungs, 200, (int64_t[]){1, 1, 1, 0, 0}, (int64_t[]){40, 200, 300, 2, 1});
+}
+
+/* Against the reference where the sum over the chosen pairs is what is hard: repeated indices, gradients of very
+ * different size, and either of the two left out. */
+static const char *uneven_gradients(const int64_t *size, uint64_t seed) {
+    int64_t T = size[0], n = size[1], K = size[2], norm = size[3], given = size[4];
+    if (K > n * n)
+        return DOES_NOT_APPLY;
+    float *logits OWNED = normals(seed, 0, 2, 2 * T * n);
+    float *dweights OWNED = normals(seed, 1, 1, T * K), *dscores OWNED = normals(seed, 2, 1, T * K);
+    for (int64_t i = 0; i < T * K; i++) {
+        float scale = ldexpf(1, (int)(i / K * 7 % 60) - 30); /* a token's own */
+        dweights[i] *= scale;
+        dscores[i] *= scale;
+    }
+    int32_t *indices OWNED = any_indices(seed, 3, n * n, T * K);
+    float *out OWNED = floats(2 * T * n), *ref OWNED = floats(2 * T * n);
+    const float *dw = given & 1 ? dweights : NULL, *ds = given & 2 ? dscores : NULL;
+    CALL(gpu_topk_backward(T, n, K, norm, logits, indices, dw, ds, out));
+    CALL(fmoe_topk_backward(T, n, K, norm, logits, indices, dw, ds, ref));
+    for (int64_t t = 0; t < T; t++) { /* each token by itself, so that none hides behind a larger one */
+        double off = 0, gradients = 0;
+        for (int64_t i = 0; i < 2 * n; i++) {
+            int64_t at = (i / n * T + t) * n + i % n;
+            off += ((double)out[at] - ref[at]) * ((double)out[at] - ref[at]);
+        }
+        for (int64_t k = t * K; k < (t + 1) * K; k++)
+            gradients += (dw ? (double)dw[k] * dw[k] : 0) + (ds ? (double)ds[k] * ds[k] : 0);
+        if (!(sqrt(off) <= 2e-6 * sqrt((double)K * gradients)))
+            return because("token %d is off by %g, from gradients of %g", (int)t, sqrt(off), sqrt(gradients));
+    }
+    return HOLDS;
+}
+
+CUDA_SENTENCE(
+    9, 22, "fmoe_cuda_topk_backward passes on the gradients of weights and scores, for any indices; each is optional.",
+    "indices may repeat, and a token's gradients may all be 2^30 times another's",
+    "finite differences of the forward pass, and the reference token by token") {
+    topk_backward = gpu_topk_backward;
+    for_sizes("T n K norm given", topk_gradient,
+              SIZES({1, 1, 1, 0, 1}, {1, 1, 1, 1, 1}, {2, 3, 4, 0, 1}, {2, 3, 4, 1, 1}, {2, 3, 9, 0, 2},
+                    {2, 3, 9, 1, 3}, {3, 5, 2, 0, 3}, {3, 5, 7, 1, 3}, {1, 7, 20, 1, 1}, {2, 4, 3, 1, 0},
+                    {2, 33, 40, 1, 3}));
+    for_sizes("T n K norm given", uneven_gradients,
+              SIZES({64, 13, 6, 0, 1}, {64, 128, 64, 1, 3}, {9, 320, 512, 0, 2}, {7, 5, 25, 1, 0}, {61, 40, 9, 0, 3},
+                    {3, 200, 4000, 1, 3}));
+}
+
+/* Every rung in its turn, then the public function. Without dscores, which the rungs do not take. */
+static fmoe_status backward_by(const fmoe_rung *rung, int64_t T, int64_t n, int64_t K, bool norm, const float *logits,
+                               const int32_t *indices, const float *dweights, float *dlogits) {
+    if (!rung->run)
+        return gpu_topk_backward(T, n, K, norm, logits, indices, dweights, NULL, dlogits);
+    fmoe_topk_backward_args args = {T, n, K, norm, FMOE_F32, logits, indices, dweights, dlogits};
+    const tensor tensors[] = {TENSOR(fmoe_topk_backward_args, logits, FMOE_F32, ROLE_INPUT, 2 * T * n),
+                              TENSOR(fmoe_topk_backward_args, indices, FMOE_I32, ROLE_INPUT, T * K),
+                              TENSOR(fmoe_topk_backward_args, dweights, FMOE_F32, ROLE_INPUT, T * K),
+                              TENSOR(fmoe_topk_backward_args, dlogits, FMOE_F32, ROLE_OUTPUT, 2 * T * n)};
+    return run_on_device(rung->run, rung->workspace ? rung->workspace(&args) : 0, &args, sizeof args, tensors, 4);
+}
+
+static const char *name_of(const fmoe_rung *rung) {
+    return rung->run ? rung->name : "fmoe_cuda_topk_backward";
+}
+
+static const char *backward_alone(const int64_t *size, uint64_t seed) {
+    int64_t T = size[0], n = size[1], K = size[2], norm = size[3], kind = size[4], count = 2 * T * n;
+    if (K > n * n)
+        return DOES_NOT_APPLY;
+    float *logits OWNED = normals(seed, 0, 1, count), *dweights OWNED = normals(seed, 1, 1, T * K);
+    int32_t *indices OWNED = any_indices(seed, 2, n * n, T * K);
+    int64_t bad = (int64_t)(seed % (uint64_t)T), side = (int64_t)(seed / 11 % 2);
+    float *slot = kind == 2 ? dweights + bad * K : logits + (side * T + bad) * n + (int64_t)(seed / 23 % (uint64_t)n);
+    float *sound OWNED = floats(count), *broken OWNED = floats(count);
+    for (const fmoe_rung *rung = cuda_topk_backward_rungs;; rung++) {
+        float before = *slot;
+        CALL(backward_by(rung, T, n, K, norm, logits, indices, dweights, sound));
+        *slot = kind == 1 ? INFINITY : NAN;
+        fmoe_status status = backward_by(rung, T, n, K, norm, logits, indices, dweights, broken);
+        *slot = before;
+        CALL(status);
+        bool shows = false;
+        for (int64_t i = 0; i < count; i++) {
+            int64_t t = i / n % T;
+            shows |= t == bad && isnan(broken[i]);
+            if (t != bad && !(fabsf(broken[i] - sound[i]) <= 1e-6f))
+                return because("%s: token %d changed", name_of(rung), (int)t);
+        }
+        if (!shows)
+            return because("%s: token %d has no NaN", name_of(rung), (int)bad);
+        if (!rung->run)
+            return HOLDS;
+    }
+}
+
+CUDA_SENTENCE(9, 23,
+              "A NaN or +∞ logit, or a NaN gradient, makes its own token's gradients NaN and touches no other's.",
+              "integers know no NaN, so fixed point needs a way around", "the same batch without it") {
+    for_sizes("T n K norm kind", backward_alone,
+              SIZES({1, 1, 1, 0, 0}, {9, 13, 6, 0, 0}, {9, 13, 6, 1, 1}, {9, 13, 6, 0, 2}, {33, 128, 64, 1, 0},
+                    {33, 128, 64, 0, 1}, {33, 128, 64, 1, 2}, {3, 320, 512, 0, 0}, {3, 320, 512, 1, 2}));
+    for_random_sizes("T n K norm kind", backward_alone, 60, (int64_t[]){1, 2, 1, 0, 0}, (int64_t[]){19, 60, 70, 1, 2});
+}
+
+/* The gradients of a token's legal pairs alone, by the reference. */
+static fmoe_status without_bad_pairs(int64_t T, int64_t n, int64_t K, bool norm, const float *logits,
+                                     const int32_t *indices, const float *dweights, float *dlogits) {
+    float *two OWNED = floats(2 * n), *gradient OWNED = floats(2 * n), *dw OWNED = floats(K);
+    int32_t *legal OWNED = integers(K);
+    for (int64_t t = 0; t < T; t++) {
+        int64_t count = 0;
+        for (int64_t k = t * K; k < (t + 1) * K; k++)
+            if (indices[k] >= 0 && indices[k] < n * n) {
+                dw[count] = dweights[k];
+                legal[count++] = indices[k];
+            }
+        memcpy(two, logits + t * n, (size_t)n * sizeof *two);
+        memcpy(two + n, logits + (T + t) * n, (size_t)n * sizeof *two);
+        memset(gradient, 0, 2 * (size_t)n * sizeof *gradient);
+        fmoe_status status = count ? fmoe_topk_backward(1, n, count, norm, two, legal, dw, NULL, gradient) : FMOE_OK;
+        if (status != FMOE_OK)
+            return status;
+        memcpy(dlogits + t * n, gradient, (size_t)n * sizeof *two);
+        memcpy(dlogits + (T + t) * n, gradient + n, (size_t)n * sizeof *two);
+    }
+    return FMOE_OK;
+}
+
+static const char *bad_indices(const int64_t *size, uint64_t seed) {
+    int64_t T = size[0], n = size[1], K = size[2], norm = size[3], bad = size[4];
+    if (K < 1 || K > n * n || bad > T * K)
+        return DOES_NOT_APPLY;
+    float *logits OWNED = normals(seed, 0, 1, 2 * T * n), *dweights OWNED = normals(seed, 1, 1, T * K);
+    int32_t *indices OWNED = any_indices(seed, 2, n * n, T * K);
+    const int32_t wrong[] = {-1, (int32_t)(n * n), INT32_MIN, INT32_MAX};
+    int64_t first = T * K;
+    for (int64_t i = 0; i < bad; i++) {
+        int64_t at = (int64_t)(fmoe_random_bits(seed, 3, (uint64_t)i) % (uint64_t)(T * K));
+        indices[at] = wrong[fmoe_random_bits(seed, 4, (uint64_t)i) % 4];
+        first = at < first ? at : first;
+    }
+    float *out OWNED = floats(2 * T * n), *ref OWNED = floats(2 * T * n);
+    CALL(without_bad_pairs(T, n, K, norm, logits, indices, dweights, ref));
+    for (const fmoe_rung *rung = cuda_topk_backward_rungs;; rung++) {
+        fmoe_status status = backward_by(rung, T, n, K, norm, logits, indices, dweights, out);
+        bool public = !rung->run;
+        if (status != (public && bad ? FMOE_BAD_INDEX : FMOE_OK))
+            return because("%s: %s, %s", name_of(rung), fmoe_status_name(status), fmoe_error_message());
+        char place[64];
+        snprintf(place, sizeof place, "indices[%d, %d] = %d is outside [0, n² = %d)", (int)(first / K),
+                 (int)(first % K), bad ? indices[first] : 0, (int)(n * n));
+        if (public && bad && strcmp(fmoe_error_message(), place) != 0)
+            return because("the note says \"%s\" and should say \"%s\"", fmoe_error_message(), place);
+        double error = fmoe_relative_error(2 * T * n, out, ref, sqrt((double)(T * K)) * 1e-3);
+        if (!(error <= fmoe_error_limit(FMOE_F32)))
+            return because("%s: error %.2g", name_of(rung), error);
+        if (public)
+            return HOLDS;
+    }
+}
+
+CUDA_SENTENCE(
+    9, 24, "A bad index is skipped, never followed, and fmoe_cuda_check names the first; without one it says nothing.",
+    "what only the device can see is told later, and no other pair pays for it",
+    "the reference on the legal pairs alone") {
+    for_sizes("T n K norm bad", bad_indices,
+              SIZES({1, 1, 1, 0, 0}, {1, 3, 4, 0, 1}, {5, 13, 6, 1, 3}, {5, 13, 6, 0, 9}, {33, 128, 64, 1, 0},
+                    {33, 128, 64, 0, 1}, {33, 128, 64, 1, 40}, {2, 320, 512, 0, 5}, {1000, 20, 7, 0, 2},
+                    {3, 4, 5, 1, 15}));
+    for_random_sizes("T n K norm bad", bad_indices, 60, (int64_t[]){1, 1, 1, 0, 0}, (int64_t[]){40, 60, 200, 1, 9});
+}
+
+CUDA_SENTENCE(9, 25,
+              "Every GPU rung of topk_backward but the one with atomic additions writes the same bits in every run.",
+              "integers add up alike in any order; floats need one", "three runs") {
+    static const char *const cases[] = {"T33-n13-K9-normal-f32", "T2001-n128-K64-normal-f32-norm",
+                                        "T1000-n40-K100-normal-bf16", "T30-n320-K512-normal-f16"};
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        const char *wrong =
+            rungs_repeat(&fmoe_step_topk_backward, cuda_topk_backward_rungs, fresh_seed(), "%s", cases[i]);
+        expect(wrong == HOLDS, "%s", wrong);
+    }
+}
+
+CUDA_SENTENCE(9, 26,
+              "A backward call depends on its arguments alone: captured in a graph and replayed, or beside another.",
+              "what a call notes lies in its workspace, which nobody cleared for it",
+              "the reference on data that the capture has not seen; two streams that start together") {
+    static const char *const cases[] = {"T129-n13-K6-normal-f32", "T1000-n128-K64-normal-bf16-norm",
+                                        "T20-n320-K512-normal-f32"};
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        const char *wrong = rungs_replay(&fmoe_step_topk_backward, cuda_topk_backward_rungs, fresh_seed(), cases[i]);
+        expect(wrong == HOLDS, "%s: %s", cases[i], wrong);
+        wrong = rungs_side_by_side(&fmoe_step_topk_backward, cuda_topk_backward_rungs, fresh_seed(), cases[i]);
+        expect(wrong == HOLDS, "%s: %s", cases[i], wrong);
+    }
+}
+
+/* ---- On the GPU: router ------------------------------------------------------------------------------------------ */
+
+/* The public function at random data, and what the reference makes of the stored values. */
+typedef struct {
+    gpu_router_backward_args args;
+    float *x, *gate, *mean, *var, *dlogits; /* the stored values */
+    float *dx, *dgate, *dx_hat;             /* the reference's */
+} router_gradients;
+
+static void free_router_gradients(router_gradients *g) {
+    float *all[] = {g->x, g->gate, g->mean, g->var, g->dlogits, g->dx, g->dgate, g->dx_hat};
+    for (size_t i = 0; i < sizeof all / sizeof all[0]; i++)
+        free(all[i]);
+    void *given[] = {(void *)g->args.x, (void *)g->args.gate, g->args.dx, g->args.dgate};
+    for (size_t i = 0; i < sizeof given / sizeof given[0]; i++)
+        free(given[i]);
+}
+
+static router_gradients draw_router(uint64_t seed, int64_t T, int64_t d, int64_t n, fmoe_dtype dtype, bool training) {
+    router_gradients g = {.args = {.training = training, .T = T, .d = d, .n = n, .dtype = dtype}};
+    float *x OWNED = normals(seed, 0, 1, T * d), *gate OWNED = normals(seed, 1, 1 / sqrt((double)d), 2 * n * d);
+    for (int64_t i = 0; i < T * d; i++)
+        x[i] += (float)(i % d % 7) - 3;
+    g.args.x = stored(dtype, x, T * d);
+    g.args.gate = stored(dtype, gate, 2 * n * d);
+    g.x = rounded_to(dtype, x, T * d);
+    g.gate = rounded_to(dtype, gate, 2 * n * d);
+    g.mean = normals(seed, 2, 1, d);
+    g.var = normals(seed, 3, 1, d);
+    for (int64_t h = 0; h < d; h++)
+        g.var[h] = 0.5f + g.var[h] * g.var[h];
+    g.args.running_mean = training ? NULL : g.mean;
+    g.args.running_var = training ? NULL : g.var;
+    g.args.dlogits = g.dlogits = normals(seed, 4, 1, 2 * T * n);
+    g.dx = floats(T * d);
+    g.dgate = zeros(2 * n * d, sizeof(float));
+    g.dx_hat = floats(T * d);
+    return g;
+}
+
+/* dgate is added to what it holds. */
+static fmoe_status refer(router_gradients *g, int64_t T, int64_t d, int64_t n) {
+    bool training = g->args.training;
+    float *mean OWNED = copy_of(g->mean, d), *var OWNED = copy_of(g->var, d), *x_hat OWNED = floats(T * d);
+    fmoe_status status = fmoe_router_norm(training, T, d, g->x, mean, var, x_hat);
+    if (status == FMOE_OK)
+        status = fmoe_router_logits_backward(T, d, n, x_hat, g->gate, g->dlogits, FMOE_ACCUMULATE, g->dx_hat, g->dgate);
+    if (status == FMOE_OK)
+        status = fmoe_router_norm_backward(training, T, d, g->x, g->mean, g->var, g->dx_hat, g->dx);
+    return status;
+}
+
+static const char *gradient_close(const char *name, fmoe_dtype dtype, int64_t count, const void *out, const float *ref,
+                                  double scale) {
+    float *values OWNED = floats(count);
+    fmoe_to_f32(dtype, count, out, values);
+    double off = 0, norm = scale * scale;
+    for (int64_t i = 0; i < count; i++) {
+        off += ((double)values[i] - ref[i]) * ((double)values[i] - ref[i]);
+        norm += (double)ref[i] * ref[i];
+    }
+    double error = norm > 0 ? sqrt(off / norm) : sqrt(off);
+    return error <= fmoe_error_limit(dtype) ? HOLDS : because("%s: error %.2g", name, error);
+}
+
+static const char *router_backward(const int64_t *size, uint64_t seed) {
+    int64_t T = size[0], d = size[1], n = size[2];
+    fmoe_dtype dtype = (fmoe_dtype)size[3], gradient_dtype = size[5] & 1 ? dtype : FMOE_F32;
+    bool training = size[4], accumulate = size[5] & 2;
+    if (training && T == 1)
+        return DOES_NOT_APPLY;
+    router_gradients g FREED(free_router_gradients) = draw_router(seed, T, d, n, dtype, training);
+    g.args.gradient_dtype = gradient_dtype;
+    g.args.write = accumulate ? FMOE_ACCUMULATE : FMOE_OVERWRITE;
+    float *before OWNED = normals(seed, 5, 3, 2 * n * d),
+                  *rounded OWNED = rounded_to(gradient_dtype, before, 2 * n * d);
+    g.args.dx = poisoned(T * d, fmoe_dtype_size(gradient_dtype));
+    g.args.dgate = stored(gradient_dtype, before, 2 * n * d);
+    if (accumulate)
+        memcpy(g.dgate, rounded, (size_t)(2 * n * d) * sizeof *rounded);
+    CALL(gpu_router_backward(&g.args));
+    CALL(refer(&g, T, d, n));
+    /* Two tokens have x̂ of ±1: what comes through the statistics cancels all but eps, so it is measured by its terms.
+     */
+    double terms = 0;
+    for (int64_t i = 0; training && T == 2 && i < T * d; i++)
+        terms += (double)g.dx_hat[i] * g.dx_hat[i];
+    CHECK(gradient_close("dx", gradient_dtype, T * d, g.args.dx, g.dx, sqrt(terms)));
+    CHECK(gradient_close("dgate", gradient_dtype, 2 * n * d, g.args.dgate, g.dgate, 0));
+    /* Each alone has the bits that it has with the other. */
+    float *narrow_dx OWNED = g.args.dx, *narrow_dgate OWNED = g.args.dgate;
+    g.args.dx = poisoned(T * d, fmoe_dtype_size(gradient_dtype));
+    g.args.dgate = NULL;
+    CALL(gpu_router_backward(&g.args));
+    if (memcmp(g.args.dx, narrow_dx, (size_t)(T * d) * fmoe_dtype_size(gradient_dtype)) != 0)
+        return because("dx alone has other bits");
+    free(g.args.dx);
+    g.args.dx = NULL;
+    g.args.dgate = stored(gradient_dtype, before, 2 * n * d);
+    CALL(gpu_router_backward(&g.args));
+    if (memcmp(g.args.dgate, narrow_dgate, (size_t)(2 * n * d) * fmoe_dtype_size(gradient_dtype)) != 0)
+        return because("dgate alone has other bits, or a second run has");
+    return HOLDS;
+}
+
+CUDA_SENTENCE(
+    9, 27, "fmoe_cuda_router_backward: dx and dgate for any sizes and types, overwritten or added to, in either mode.",
+    "a sum over tokens that is cut in slices must be joined in order, and rounded once",
+    "the reference; each gradient alone, and again, bit by bit") {
+    for_sizes("T d n type training how", router_backward,
+              SIZES({1, 1, 1, 0, 0, 0}, {2, 1, 1, 0, 1, 0}, {3, 7, 13, 1, 0, 1}, {65, 7, 13, 2, 1, 2},
+                    {29, 72, 13, 0, 1, 0}, {29, 72, 13, 2, 0, 3}, {130, 200, 1, 1, 1, 1}, {520, 33, 20, 0, 0, 2},
+                    {257, 64, 128, 2, 1, 1}, {193, 16, 320, 1, 1, 3}, {1000, 130, 65, 0, 1, 0}, {2051, 24, 33, 2, 1, 0},
+                    {70, 136, 513, 0, 0, 0}));
+    for_random_sizes("T d n type training how", router_backward, 100, (int64_t[]){1, 1, 1, 0, 0, 0},
+                     (int64_t[]){200, 150, 100, 2, 1, 3});
+}
+
+/* The loss of norm and projection together. */
+static double router_loss(void *context) {
+    router_context *c = context;
+    float *mean OWNED = copy_of(c->mean, c->d), *var OWNED = copy_of(c->var, c->d), *x_hat OWNED = floats(c->T * c->d);
+    fmoe_router_norm(c->training, c->T, c->d, c->x, mean, var, x_hat);
+    fmoe_router_logits(c->T, c->d, c->n, x_hat, c->gate, c->out);
+    return weighted_sum(2 * c->T * c->n, c->out, c->dout);
+}
+
+static const char *router_differences(const int64_t *size, uint64_t seed) {
+    int64_t T = size[0], d = size[1], n = size[2], training = size[3];
+    if (training && T < 2)
+        return DOES_NOT_APPLY;
+    float *x OWNED = spread_tokens(seed, T, d), *gate OWNED = normals(seed, 4, 1, 2 * n * d);
+    float *mean OWNED = normals(seed, 2, 1, d), *var OWNED = normals(seed, 3, 1, d), *out OWNED = floats(2 * T * n);
+    float *dout OWNED = normals(seed, 1, 1, 2 * T * n), *dx OWNED = floats(T * d), *dgate OWNED = floats(2 * n * d);
+    for (int64_t i = 0; i < d; i++)
+        var[i] = 0.5f + var[i] * var[i];
+    gpu_router_backward_args args = {.training = training,
+                                     .T = T,
+                                     .d = d,
+                                     .n = n,
+                                     .x = x,
+                                     .gate = gate,
+                                     .running_mean = mean,
+                                     .running_var = var,
+                                     .dlogits = dout,
+                                     .dx = dx,
+                                     .dgate = dgate};
+    CALL(gpu_router_backward(&args));
+    router_context c = {training, T, d, n, x, mean, var, gate, out, dout};
+    CHECK(check_gradient("x", x, T * d, dx, router_loss, &c));
+    return check_gradient("gate", gate, 2 * n * d, dgate, router_loss, &c);
+}
+
+static const char *no_router_tokens(const int64_t *size, uint64_t seed) {
+    int64_t d = size[0], n = size[1], training = size[2];
+    float *gate OWNED = normals(seed, 0, 1, 2 * n * d), *mean OWNED = filled(0, d), *var OWNED = filled(1, d);
+    float *dgate OWNED = normals(seed, 1, 1, 2 * n * d), *before OWNED = copy_of(dgate, 2 * n * d);
+    gpu_router_backward_args args = {.training = training,
+                                     .d = d,
+                                     .n = n,
+                                     .gate = gate,
+                                     .running_mean = mean,
+                                     .running_var = var,
+                                     .dgate = dgate,
+                                     .write = FMOE_ACCUMULATE};
+    CALL(gpu_router_backward(&args));
+    if (!same_bits(dgate, before, 2 * n * d))
+        return because("accumulating, dgate changed");
+    args.write = FMOE_OVERWRITE;
+    CALL(gpu_router_backward(&args));
+    for (int64_t i = 0; i < 2 * n * d; i++)
+        if (dgate[i] != 0)
+            return because("overwriting, dgate[%d] is %g", (int)i, dgate[i]);
+    return HOLDS;
+}
+
+CUDA_SENTENCE(9, 28, "The GPU's gradients of norm and projection are slopes; without tokens dgate is zeroed, or kept.",
+              "a check that does not share the reference's derivation", "finite differences; closed form") {
+    for_sizes("T d n training", router_differences,
+              SIZES({2, 1, 1, 1}, {3, 5, 2, 1}, {9, 3, 4, 1}, {4, 34, 3, 1}, {1, 1, 1, 0}, {1, 5, 2, 0}, {7, 3, 5, 0},
+                    {2, 34, 3, 0}));
+    for_sizes("d n training", no_router_tokens, SIZES({1, 1, 0}, {72, 13, 1}, {130, 65, 0}));
+}
+
+static const char *log_softmax_close(const int64_t *size, uint64_t seed) {
+    int64_t rows = size[0], n = size[1], count = rows * n;
+    float *z OWNED = normals(seed, 0, 4, count), *dlog_p OWNED = normals(seed, 1, 1, count);
+    float *out OWNED = floats(count), *ref OWNED = floats(count);
+    CALL(gpu_log_softmax_backward(rows, n, z, dlog_p, out));
+    CALL(fmoe_log_softmax_backward(rows, n, z, dlog_p, ref));
+    double error = fmoe_relative_error(count, out, ref, sqrt((double)count));
+    return error <= fmoe_error_limit(FMOE_F32) ? HOLDS : because("error %.2g", error);
+}
+
+CUDA_SENTENCE(9, 29, "The GPU's log-softmax sends back dz = dlog p − p · Σ dlog p, which sums to zero over a row.",
+              "a constant added to a row changes no probability", "finite differences, the sum, and the reference") {
+    log_softmax_backward = gpu_log_softmax_backward;
+    for_sizes("rows n", log_softmax_gradient, SIZES({1, 1}, {1, 2}, {3, 5}, {2, 40}));
+    for_sizes("rows n", log_softmax_close,
+              SIZES({0, 3}, {1, 1}, {5, 31}, {5, 32}, {5, 33}, {9, 128}, {7, 1024}, {2, 3000}, {5000, 4}));
+}
+
+CUDA_HOST_SENTENCE(9, 30,
+                   "Every backward function of the GPU names bad arguments and its limits before it launches anything.",
+                   "a status and a message, never a crash", "the contract") {
+    float m[16] = {0};
+    int32_t indices[8] = {0};
+    const size_t plenty = (size_t)1 << 40;
+#define TOPK(T, n, K, dtype, logits, indices, dlogits, workspace, bytes)                                               \
+    fmoe_cuda_topk_backward(T, n, K, false, dtype, logits, indices, m, m, dlogits, workspace, bytes, NULL)
+    refused(TOPK(-1, 4, 2, FMOE_F32, m, indices, m, m, plenty), FMOE_BAD_SIZE, "tokens = -1");
+    refused(TOPK(2, 0, 2, FMOE_F32, m, indices, m, m, plenty), FMOE_BAD_SIZE, "num_keys = 0");
+    refused(TOPK(1, 2, 5, FMOE_F32, m, indices, m, m, plenty), FMOE_BAD_TOPK, "5 exceeds n² = 4");
+    refused(TOPK(2, 1025, 2, FMOE_F32, m, indices, m, m, plenty), FMOE_UNSUPPORTED, "num_keys = 1025");
+    refused(TOPK(2, 128, 4097, FMOE_F32, m, indices, m, m, plenty), FMOE_UNSUPPORTED, "num_experts_per_tok = 4097");
+    refused(TOPK(INT64_MAX / 8, 4, 2, FMOE_F32, m, indices, m, m, plenty), FMOE_OVERFLOW, "tokens");
+    refused(TOPK(2, 4, 2, FMOE_I32, m, indices, m, m, plenty), FMOE_UNSUPPORTED, "dtype = 3");
+    refused(TOPK(2, 4, 2, FMOE_F32, NULL, indices, m, m, plenty), FMOE_NULL_POINTER, "router_logits");
+    refused(TOPK(2, 4, 2, FMOE_F32, m, NULL, m, m, plenty), FMOE_NULL_POINTER, "indices");
+    refused(TOPK(2, 4, 2, FMOE_F32, m, indices, NULL, m, plenty), FMOE_NULL_POINTER, "dlogits");
+    size_t needed = fmoe_cuda_topk_backward_workspace(2, 4, 2, FMOE_F32);
+    expect(needed >= 256, "there is no room for a note in %zu bytes", needed);
+    refused(TOPK(2, 4, 2, FMOE_F32, m, indices, m, m, needed - 1), FMOE_BAD_WORKSPACE, "workspace_bytes");
+    refused(TOPK(2, 4, 2, FMOE_F32, m, indices, m, NULL, needed), FMOE_NULL_POINTER, "workspace");
+#undef TOPK
+#define ROUTER(training, T, d, n, dtype, x, gate, mean, dlogits, gradients, dx, workspace, bytes)                      \
+    fmoe_cuda_router_backward(training, T, d, n, dtype, x, gate, mean, m, dlogits, FMOE_OVERWRITE, gradients, dx, m,   \
+                              workspace, bytes, NULL)
+    void *x = m;
+    refused(ROUTER(false, -1, 2, 2, FMOE_F32, x, x, m, m, FMOE_F32, m, m, plenty), FMOE_BAD_SIZE, "tokens = -1");
+    refused(ROUTER(false, 2, 0, 2, FMOE_F32, x, x, m, m, FMOE_F32, m, m, plenty), FMOE_BAD_SIZE, "hidden_size = 0");
+    refused(ROUTER(false, 2, 2, 0, FMOE_F32, x, x, m, m, FMOE_F32, m, m, plenty), FMOE_BAD_SIZE, "num_keys = 0");
+    refused(ROUTER(true, 1, 2, 2, FMOE_F32, x, x, m, m, FMOE_F32, m, m, plenty), FMOE_BATCH_OF_ONE, "tokens = 1");
+    refused(ROUTER(false, 2, 2, 2, FMOE_I32, x, x, m, m, FMOE_F32, m, m, plenty), FMOE_UNSUPPORTED, "dtype = 3");
+    refused(ROUTER(false, 2, 2, 2, FMOE_F16, x, x, m, m, FMOE_BF16, m, m, plenty), FMOE_UNSUPPORTED, "gradient_dtype");
+    refused(ROUTER(false, 2, 2, 2, FMOE_F32, NULL, x, m, m, FMOE_F32, m, m, plenty), FMOE_NULL_POINTER, "x");
+    refused(ROUTER(false, 2, 2, 2, FMOE_F32, x, NULL, m, m, FMOE_F32, m, m, plenty), FMOE_NULL_POINTER, "router_gate");
+    refused(ROUTER(false, 2, 2, 2, FMOE_F32, x, x, NULL, m, FMOE_F32, m, m, plenty), FMOE_NULL_POINTER, "running_mean");
+    refused(ROUTER(false, 2, 2, 2, FMOE_F32, x, x, m, NULL, FMOE_F32, m, m, plenty), FMOE_NULL_POINTER, "dlogits");
+    needed = fmoe_cuda_router_backward_workspace(true, 2, 2, 2, FMOE_F32);
+    expect(needed > 0, "training needs no workspace");
+    refused(ROUTER(true, 2, 2, 2, FMOE_F32, x, x, m, m, FMOE_F32, m, m, needed - 1), FMOE_BAD_WORKSPACE,
+            "workspace_bytes");
+#undef ROUTER
+    refused(fmoe_cuda_log_softmax_backward(2, -1, m, m, m, NULL), FMOE_BAD_SIZE, "num_keys = -1");
+    refused(fmoe_cuda_log_softmax_backward(-2, 2, m, m, m, NULL), FMOE_BAD_SIZE, "rows = -2");
+    refused(fmoe_cuda_log_softmax_backward(2, 2, m, NULL, m, NULL), FMOE_NULL_POINTER, "dlog_probs");
+    refused(fmoe_cuda_check(NULL, NULL), FMOE_NULL_POINTER, "workspace");
 }

@@ -1,5 +1,6 @@
 /* Chapter 0: storage types, the error measure, cases, random numbers, routing, the check of a rung, the chapters'
  * program. What every other sentence and every figure rests on. */
+#include "../chapters/device.h"
 #include "../chapters/program.h"
 #include "values.h"
 
@@ -630,8 +631,9 @@ SENTENCE(0, 15, "A rung gets the workspace it asked for, 256-byte aligned, and r
     fmoe_problem p FREED(fmoe_problem_free) = new_problem(&toy, 1, "T4-f32");
     const fmoe_rung rungs[] = {{.name = "a", .run = toy_right, .workspace = toy_workspace, .supports = never},
                                {.name = "b", .run = toy_right, .workspace = toy_workspace, .available = not_here},
-                               {.name = "c", .run = toy_right, .backend = BACKEND_CUDA}};
-    static const char *const reasons[] = {"support", "available", "CUDA"};
+                               {.name = "c", .run = toy_right, .backend = BACKEND_CUDA, .level = LEVEL_HOPPER + 1}};
+    const fmoe_device *gpu = fmoe_device_get();
+    const char *const reasons[] = {"support", "available", gpu->present ? "newer GPU" : gpu->why_not};
     for (int i = 0; i < 3; i++)
         expect(fmoe_rung_check(&rungs[i], &p, &error, why) == FMOE_UNSUPPORTED && strstr(why, reasons[i]),
                "rung %s is run: %s", rungs[i].name, why);
@@ -744,8 +746,8 @@ static const fmoe_rung broken_rungs[] = {
     {"slightly wrong", LEVEL_CORE, BACKEND_CPU, "Off.", toy_slightly_wrong, .workspace = toy_workspace},
     {0},
 };
-static const fmoe_ladder toy_ladders[] = {{&toy, toy_rungs, toy_cases, toy_cases}, {0}};
-static const fmoe_ladder broken_ladders[] = {{&toy, broken_rungs, toy_cases, toy_cases}, {0}};
+static const fmoe_ladder toy_ladders[] = {{&toy, toy_rungs, toy_cases, toy_cases, NULL, NULL}, {0}};
+static const fmoe_ladder broken_ladders[] = {{&toy, broken_rungs, toy_cases, toy_cases, NULL, NULL}, {0}};
 static const fmoe_chapter toy_chapter = {.number = 7, .title = "a toy", .ladders = toy_ladders};
 static const fmoe_chapter broken_chapter = {.number = 7, .title = "a toy", .ladders = broken_ladders};
 

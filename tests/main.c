@@ -1,8 +1,10 @@
 /* The suite's program: runs the sentences in reading order and prints them as a text.
  *
- * CHAPTER=3 or ONLY=3.1 limit the run, SEED and SIZES repeat one; all come as environment variables (make passes them
- * on), because each sentence runs in a process of its own. */
+ * CHAPTER=3, ONLY=3.1 or CUDA=1 limit the run, SEED and SIZES repeat one; all come as environment variables (make
+ * passes them on), because each sentence runs in a process of its own. */
 #include "report.h"
+
+#include "../chapters/device.h"
 
 #include <criterion/logging.h>
 #include <criterion/options.h>
@@ -78,13 +80,25 @@ static void print_indented(const char *format, ...) {
     print_wrapped(INDENT, text);
 }
 
+/* " | cuda: NVIDIA H200" for a chapter with sentences about the GPU, or why they are skipped. */
+static void print_gpu(int chapter) {
+    bool any = false;
+    for (int i = 0; i < num_sentences; i++)
+        any |= sentences[i].chapter == chapter && sentences[i].what == NEEDS_DEVICE;
+    const fmoe_device *gpu = any ? fmoe_device_get() : NULL;
+    if (gpu)
+        printf(" | cuda: %s%s", gpu->present ? "" : "skipped, ", gpu->present ? gpu->name : gpu->why_not);
+}
+
 static void print_header(int chapter) {
     static int last = -1;
     if (chapter == last)
         return;
     char title[96];
     snprintf(title, sizeof title, "Chapter %d: %s", chapter, chapter < NUM_CHAPTERS ? titles[chapter] : "");
-    printf("%s%-72s cpu\n", last < 0 ? "" : "\n", title);
+    printf("%s%-*s cpu", last < 0 ? "" : "\n", 72 + (int)strlen(title) - columns(title, strlen(title)), title);
+    print_gpu(chapter);
+    putchar('\n');
     last = chapter;
 }
 
@@ -272,20 +286,24 @@ static void choose_seed(void) {
     printf("seed %s (make test SEED=%s repeats this run)\n\n", getenv("SEED"), getenv("SEED"));
 }
 
-static bool wanted(const struct sentence *s, const char *chapter, const char *only) {
+static bool wanted(const struct sentence *s, const char *chapter, const char *only, bool gpu_only) {
     char number[32];
     snprintf(number, sizeof number, "%d.%d", s->chapter, s->number);
     if (only && *only)
         return strcmp(only, number) == 0;
+    if (gpu_only && s->what == NEEDS_NOTHING)
+        return false;
     snprintf(number, sizeof number, "%d", s->chapter);
     return !chapter || !*chapter || strcmp(chapter, number) == 0;
 }
 
 /* Disables what was not asked for. How many are left. */
 static int select_sentences(void) {
+    const char *cuda = getenv("CUDA");
+    bool gpu_only = cuda && strcmp(cuda, "1") == 0;
     int left = 0;
     for (int i = 0; i < num_sentences; i++) {
-        sentences[i].test->data->disabled = !wanted(&sentences[i], getenv("CHAPTER"), getenv("ONLY"));
+        sentences[i].test->data->disabled = !wanted(&sentences[i], getenv("CHAPTER"), getenv("ONLY"), gpu_only);
         sentences[i].test->data->timeout = timeout();
         left += !sentences[i].test->data->disabled;
     }

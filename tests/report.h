@@ -24,6 +24,7 @@ struct report {
 
 struct sentence {
     int chapter, number;
+    needs what;
     const char *text, *why, *against;
     struct criterion_test *test;
 };

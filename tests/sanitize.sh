@@ -11,7 +11,7 @@ fixed=()
 setarch "$(uname -m)" -R true 2>/dev/null && fixed=(setarch "$(uname -m)" -R)
 
 echo "== address, leak and undefined behaviour"
-flags=(BUILD="$build/asan" CC=gcc OPT= CFLAGS="-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all")
+flags=(BUILD="$build/asan" NVCC= CC=gcc OPT= CFLAGS="-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all")
 $make -s -j2 "${flags[@]}" "$build/asan/tests/self/run" "$build/asan/tests/run"
 export ASAN_OPTIONS=detect_leaks=1:detect_stack_use_after_return=1:allocator_may_return_null=1
 export LITERATE_TIMEOUT=300 # all of it is slower here
@@ -26,7 +26,7 @@ echo "a planted leak, overrun and overflow were each reported"
 echo
 echo "== races"
 clang=${CLANG:-clang}
-flags=(BUILD="$build/tsan" CC="$clang" OPT= CFLAGS="-O1 -g -fsanitize=thread")
+flags=(BUILD="$build/tsan" NVCC= CC="$clang" OPT= CFLAGS="-O1 -g -fsanitize=thread")
 $make -s -j2 "${flags[@]}" "$build/tsan/tests/race"
 libraries=$("$clang" -print-resource-dir)
 archer=$(ls "$libraries"/../../libarcher.so "$libraries"/../../../libarcher.so /usr/lib/llvm-*/lib/libarcher.so \

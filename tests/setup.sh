@@ -70,7 +70,7 @@ if [ "$(.venv/bin/cog -v 2>/dev/null || true)" != "Cog version $cog" ]; then
         echo "pip could not install cogapp: everything runs without it but make check and make prose"
 fi
 
-if nvcc=$(has nvcc); then
+if nvcc=$(has nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null); then
     echo "CUDA: $nvcc, $("$nvcc" --version | sed -n 's/.*release \([0-9.]*\).*/release \1/p')"
 else
     cat <<'EOF'

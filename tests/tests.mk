@@ -1,22 +1,33 @@
 # The suite, and what else is held to account.
-.PHONY: test mutants sanitize setup prose check check-format check-cppcheck check-tidy check-suite check-prose check-links
+.PHONY: test mutants sanitize sanitize-cuda setup prose check check-format check-cppcheck check-tidy check-suite check-prose check-links
 
 setup: ## install what is missing, with apt (as root or with sudo)
 	@tests/setup.sh
 
 # What limits a run reaches the test program through its environment.
-export CHAPTER ONLY SEED SIZES
+export CHAPTER ONLY SEED SIZES CUDA
 
-test: $(BUILD)/tests/run ## the suite as a text; CHAPTER=3, ONLY=3.1, SEED=1, SIZES=1,2,3
+test: $(BUILD)/tests/run ## the suite as a text; CHAPTER=3, ONLY=3.1, CUDA=1, SEED=1, SIZES=1,2,3
 	@$(BUILD)/tests/run
 
-mutants: ## plant known bugs, one at a time: every sentence must catch one; CHAPTER=3
-	@python3 tests/mutants/run.py $(if $(CHAPTER),--chapter $(CHAPTER))
+mutants: ## plant known bugs, one at a time: every sentence must catch one; CHAPTER=3, CUDA=1
+	@python3 tests/mutants/run.py $(if $(CHAPTER),--chapter $(CHAPTER)) $(if $(filter 1,$(CUDA)),--cuda-only)
 
 # ---- Sanitizers: tests/sanitize.sh builds these in folders of their own ----------------------------------------------
 
 sanitize: ## the suite under ASan, LSan and UBSan, then the OpenMP code under a race detector
 	@MAKE='$(MAKE)' BUILD='$(BUILD)' tests/sanitize.sh
+
+sanitize-cuda: ## every CUDA kernel under compute-sanitizer's four tools, where there is a device
+ifeq ($(NVCC),)
+	@echo "compute-sanitizer: skipped, no nvcc"
+else
+	@MAKE='$(MAKE)' BUILD='$(BUILD)' tests/sanitize/cuda.sh
+
+$(BUILD)/tests/sanitize/run: $(BUILD)/tests/sanitize/run.o $(BUILD)/tests/sanitize/faults.cu.o $(BUILD)/libflashmoe.a
+	$(SAY) 'LD  $@'
+	$(Q)$(CC) $(CFLAGS_ALL) $^ -o $@ $(LDLIBS_ALL)
+endif
 
 # The framework with sentences that must fail.
 $(BUILD)/tests/self/run: $(call object,tests/self/faults.c tests/literate.c tests/main.c) $(BUILD)/libflashmoe.a

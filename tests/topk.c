@@ -1,9 +1,14 @@
 /* Chapter 3: the Cartesian-product top-k. */
-#include "values.h"
+#include "cuda_values.h"
 
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
+
+/* The rungs that the properties below hold to account. A sentence about the GPU puts the GPU's in their place, and says
+ * in which type the logits are stored: its process runs no other. */
+static const fmoe_rung *ladder = chapter3_rungs;
+static fmoe_dtype storage = FMOE_F32;
 
 /* Whole numbers from 0 to kinds − 1: their sums are exact, and many are equal. */
 static float *whole_numbers(uint64_t seed, int64_t kinds, int64_t count) {
@@ -96,29 +101,48 @@ static fmoe_status choose(int64_t T, int64_t n, int64_t K, bool norm, const floa
 
 /* Rungs that look at more pairs than the staircase hold the rule only where sums are exact. */
 static bool scans_more(const fmoe_rung *rung) {
-    return strcmp(rung->name, "scans") == 0 || strcmp(rung->name, "one-scan") == 0 ||
-           strcmp(rung->name, "key-lists") == 0;
+    static const char *const names[] = {"scans", "one-scan", "key-lists", "scans-gpu", "key-lists-gpu"};
+    for (size_t i = 0; i < sizeof names / sizeof names[0]; i++)
+        if (strcmp(rung->name, names[i]) == 0)
+            return true;
+    return false;
 }
 
-/* Without a rung the reference chooses. */
+static fmoe_status run_rung(const fmoe_rung *rung, const fmoe_topk_args *args) {
+    size_t bytes = rung->workspace ? rung->workspace(args) : 0;
+    if (rung->backend == BACKEND_CUDA) {
+        int64_t chosen = args->T * args->K;
+        const tensor tensors[] = {TENSOR(fmoe_topk_args, logits, args->dtype, ROLE_INPUT, 2 * args->T * args->n),
+                                  TENSOR(fmoe_topk_args, indices, FMOE_I32, ROLE_OUTPUT, chosen),
+                                  TENSOR(fmoe_topk_args, scores, FMOE_F32, ROLE_OUTPUT, chosen),
+                                  TENSOR(fmoe_topk_args, weights, FMOE_F32, ROLE_OUTPUT, chosen)};
+        if ((int)rung->level > fmoe_device_get()->level)
+            return FMOE_UNSUPPORTED;
+        return run_on_device(rung->run, bytes, args, sizeof *args, tensors, 4);
+    }
+    void *workspace OWNED = workspace_of(bytes);
+    return rung->run(args, workspace, bytes, NULL);
+}
+
+/* Without a rung the reference chooses. The logits are values of the storage type. */
 static fmoe_status choose_by(const fmoe_rung *rung, int64_t T, int64_t n, int64_t K, bool norm, const float *logits,
                              choice c) {
     if (!rung)
         return choose(T, n, K, norm, logits, c);
+    void *narrow OWNED = poisoned(2 * T * n, fmoe_dtype_size(storage));
+    fmoe_from_f32(storage, 2 * T * n, logits, narrow);
     fmoe_topk_args args = {.T = T,
                            .n = n,
                            .K = K,
                            .norm_topk_prob = norm,
-                           .dtype = FMOE_F32,
-                           .logits = logits,
+                           .dtype = storage,
+                           .logits = narrow,
                            .indices = c.indices,
                            .scores = c.scores,
                            .weights = c.weights};
     if (rung->supports && !rung->supports(&args))
         return FMOE_UNSUPPORTED;
-    size_t bytes = rung->workspace(&args);
-    void *workspace OWNED = workspace_of(bytes);
-    return rung->run(&args, workspace, bytes, NULL);
+    return run_rung(rung, &args);
 }
 
 /* Do the reference and every rung choose by the rule? */
@@ -126,14 +150,14 @@ static const char *all_choose_by_rule(int64_t T, int64_t n, int64_t K, bool sums
     choice c OWNED_CHOICE = no_choice(T * K);
     CALL(choose(T, n, K, false, logits, c));
     const char *result = compare_choice(T, n, K, !sums_exact, logits, c.indices);
-    for (const fmoe_rung *rung = chapter3_rungs; rung->run && result == HOLDS; rung++) {
+    for (const fmoe_rung *rung = ladder; rung->run && result == HOLDS; rung++) {
         if (scans_more(rung) && !sums_exact)
             continue;
         memset(c.indices, 0x55, (size_t)(T * K) * sizeof *c.indices);
         fmoe_status status = choose_by(rung, T, n, K, false, logits, c);
         if (status == FMOE_UNSUPPORTED)
             continue;
-        result = status != FMOE_OK ? fmoe_status_name(status) : compare_choice(T, n, K, !sums_exact, logits, c.indices);
+        result = status != FMOE_OK ? fmoe_error_message() : compare_choice(T, n, K, !sums_exact, logits, c.indices);
         if (result != HOLDS) {
             char text[200];
             snprintf(text, sizeof text, "%s", result);
@@ -335,7 +359,7 @@ static const char *token_alone(const int64_t *size, uint64_t seed) {
     int64_t bad = (int64_t)(seed % (uint64_t)T), side = (int64_t)(seed / 11 % 2);
     float *slot = logits + (side * T + bad) * n + (int64_t)(seed / 23 % (uint64_t)n);
     choice sound OWNED_CHOICE = no_choice(T * K), c OWNED_CHOICE = no_choice(T * K);
-    for (const fmoe_rung *rung = NULL; !rung || rung->run; rung = rung ? rung + 1 : chapter3_rungs) {
+    for (const fmoe_rung *rung = NULL; !rung || rung->run; rung = rung ? rung + 1 : ladder) {
         const char *who = rung ? rung->name : "reference";
         float before_it = *slot;
         fmoe_status status = choose_by(rung, T, n, K, norm, logits, sound);
@@ -343,6 +367,8 @@ static const char *token_alone(const int64_t *size, uint64_t seed) {
         if (status == FMOE_OK)
             status = choose_by(rung, T, n, K, norm, logits, c);
         *slot = before_it;
+        if (status == FMOE_UNSUPPORTED)
+            continue;
         if (status != FMOE_OK)
             return because("%s: %s", who, fmoe_error_message());
         for (int64_t i = 0; i < T * K; i++) {
@@ -517,17 +543,24 @@ SENTENCE(3, 14, "A constant added to all logits of a side changes no choice and 
     for_sizes("T n K", shifted_sides, SIZES({1, 2, 3}, {5, 13, 6}, {3, 128, 64}, {2, 20, 400}));
 }
 
-SENTENCE(3, 15, "A trained model's 4,096 tokens choose 7,080 of 16,384 experts, the busiest 828 times, and 17 % tie.",
-         "real routing is skewed and full of ties", "figures of the independent PyTorch run that made the file") {
-    enum { T = 4096, n = 128, K = 64 };
+enum { TRAINED_TOKENS = 4096, TRAINED_KEYS = 128 };
+
+static float *trained_logits(void) {
     fmoe_file *file = NULL;
-    float *logits OWNED = NULL;
+    float *logits = NULL;
     const char *path = "tests/golden/trained_logits_16384_layer0.safetensors";
     expect(fmoe_file_open(path, &file) == FMOE_OK, "%s", fmoe_error_message());
-    fmoe_status status = fmoe_file_read_f32(file, "router_logits", 3, (int64_t[]){2, T, n}, &logits);
+    fmoe_status status =
+        fmoe_file_read_f32(file, "router_logits", 3, (int64_t[]){2, TRAINED_TOKENS, TRAINED_KEYS}, &logits);
     fmoe_file_close(file);
     expect(status == FMOE_OK, "%s", fmoe_error_message());
+    return logits;
+}
 
+SENTENCE(3, 15, "A trained model's 4,096 tokens choose 7,080 of 16,384 experts, the busiest 828 times, and 17 % tie.",
+         "real routing is skewed and full of ties", "figures of the independent PyTorch run that made the file") {
+    enum { T = TRAINED_TOKENS, n = TRAINED_KEYS, K = 64 };
+    float *logits OWNED = trained_logits();
     choice c OWNED_CHOICE = no_choice((int64_t)T * K), next OWNED_CHOICE = no_choice((int64_t)T * (K + 1));
     expect(choose(T, n, K, false, logits, c) == FMOE_OK, "%s", fmoe_error_message());
     expect(choose(T, n, K + 1, false, logits, next) == FMOE_OK, "%s", fmoe_error_message());
@@ -555,7 +588,7 @@ SENTENCE(3, 15, "A trained model's 4,096 tokens choose 7,080 of 16,384 experts, 
     expect(fabs((double)ties / T - 0.17) < 0.005, "%.1f %% of the tokens tie at the K-th place", 100.0 * ties / T);
     for (const fmoe_rung *rung = chapter3_rungs; rung->run; rung++) {
         choice d OWNED_CHOICE = no_choice((int64_t)T * K);
-        status = choose_by(rung, T, n, K, false, logits, d);
+        fmoe_status status = choose_by(rung, T, n, K, false, logits, d);
         expect(status == FMOE_UNSUPPORTED || same_bits(c.indices, d.indices, (int64_t)T * K), "%s chooses otherwise",
                rung->name);
     }
@@ -605,7 +638,7 @@ static const char *rungs_compute_it(const int64_t *size, uint64_t seed) {
     int64_t T = size[0], n = size[1], K = size[2], type = size[3], norm = size[4];
     if (K > n * n)
         return DOES_NOT_APPLY;
-    return rungs_agree(&fmoe_step_topk, chapter3_rungs, seed, "T%d-n%d-K%d-normal-%s%s", (int)T, (int)n, (int)K,
+    return rungs_agree(&fmoe_step_topk, ladder, seed, "T%d-n%d-K%d-normal-%s%s", (int)T, (int)n, (int)K,
                        fmoe_dtype_name((fmoe_dtype)type), norm ? "-norm" : "");
 }
 
@@ -621,8 +654,10 @@ SENTENCE(3, 18, "Every rung of the ladder computes the same step, for any sizes 
 }
 
 static const char *rungs_repeat_bits(const int64_t *size, uint64_t seed) {
-    return rungs_repeat(&fmoe_step_topk, chapter3_rungs, seed, "T%d-n%d-K%d-normal-bf16-norm", (int)size[0],
-                        (int)size[1], (int)size[2]);
+    if (size[2] > size[1] * size[1])
+        return DOES_NOT_APPLY;
+    return rungs_repeat(&fmoe_step_topk, ladder, seed, "T%d-n%d-K%d-normal-bf16-norm", (int)size[0], (int)size[1],
+                        (int)size[2]);
 }
 
 static const char *reference_repeats(const int64_t *size, uint64_t seed) {
@@ -668,4 +703,182 @@ SENTENCE(3, 20, "Bad arguments are named, each with its status; without tokens n
     expect(fmoe_topk(0, 4, 2, false, NULL, NULL, NULL, NULL) == FMOE_OK, "T = 0: %s", fmoe_error_message());
     expect(fmoe_topk(2, 4, 2, false, logits, indices, NULL, NULL) == FMOE_OK, "indices only: %s", fmoe_error_message());
     expect(indices[1] == 1 && indices[3] == 1, "indices only: chose %d and %d", indices[1], indices[3]);
+}
+
+/* ---- On the GPU -------------------------------------------------------------------------------------------------- */
+
+CUDA_SENTENCE(3, 21, "Every GPU rung chooses the K best of all n² pairs, best first, when sums are exact.",
+              "ties, K > n, K = n² and one key are where a kernel's corners are", "a full sort of all pairs") {
+    ladder = cuda_topk_rungs;
+    for_sizes("T n K kinds", k_best_of_all,
+              SIZES({1, 1, 1, 5}, {3, 4, 16, 9}, {7, 13, 6, 1000}, {2, 13, 169, 30}, {2, 64, 100, 100000},
+                    {2, 100, 64, 1000000}, {1, 70, 700, 50}, {1, 2, 3, 1}, {5, 128, 64, 40}, {1, 300, 512, 3000},
+                    {1, 65, 4096, 200}, {1, 64, 4096, 3}, {3, 129, 33, 100000}));
+    for_random_sizes("T n K kinds", k_best_of_all, 300, (int64_t[]){1, 1, 1, 1}, (int64_t[]){5, 40, 200, 60});
+    for_sizes("T n K", equal_logits,
+              SIZES({1, 1, 1}, {3, 4, 4}, {2, 13, 6}, {5, 128, 64}, {2, 9, 30}, {1, 16, 256}, {1, 300, 512}));
+    for_random_sizes("n K", ties_by_index, 200, (int64_t[]){1, 1}, (int64_t[]){24, 300});
+    for_sizes("n", any_k, SIZES({1}, {2}, {3}, {5}));
+}
+
+CUDA_SENTENCE(3, 22,
+              "On the GPU too the rule decides where rounding makes sums equal, for infinities, NaN and subnormals.",
+              "reference, CPU and GPU must choose alike", "the rule, written again from scratch") {
+    ladder = cuda_topk_rungs;
+    for_sizes("T n K", rounded_sums, SIZES({3, 4, 7}, {2, 40, 64}, {1, 100, 33}, {5, 128, 64}, {1, 130, 600}));
+    for_random_sizes("T n K", rounded_sums, 200, (int64_t[]){1, 1, 1}, (int64_t[]){5, 40, 200});
+    for_sizes("T n K", wild_logits, SIZES({1, 1, 1}, {2, 2, 4}, {3, 40, 64}, {3, 128, 64}, {1, 90, 700}));
+    for_random_sizes("T n K", wild_logits, 300, (int64_t[]){1, 1, 1}, (int64_t[]){5, 30, 150});
+    for_random_sizes("T n K", infinite_logits, 200, (int64_t[]){1, 1, 1}, (int64_t[]){5, 16, 60});
+    for_sizes("n K alive norm", dead_keys,
+              SIZES({2, 4, 1, 0}, {13, 9, 3, 1}, {13, 20, 4, 1}, {40, 64, 5, 0}, {128, 64, 2, 0}));
+    for_sizes("n K", tiny_logits, SIZES({4, 7}, {13, 40}, {70, 64}, {2, 1}, {128, 64}));
+}
+
+/* Normal logits, of which many are equal once they are stored, and infinite or NaN ones among them. */
+static const char *rule_in_16_bits(const int64_t *size, uint64_t seed) {
+    int64_t T = size[0], n = size[1], K = size[2];
+    if (K > n * n)
+        return DOES_NOT_APPLY;
+    storage = size[3] ? FMOE_BF16 : FMOE_F16;
+    float *drawn OWNED = size[4] ? wild_numbers(seed, 2 * T * n) : normals(seed, 0, 1, 2 * T * n);
+    float *logits OWNED = floats(2 * T * n);
+    uint16_t *narrow OWNED = poisoned(2 * T * n, sizeof *narrow);
+    fmoe_from_f32(storage, 2 * T * n, drawn, narrow);
+    fmoe_to_f32(storage, 2 * T * n, narrow, logits);
+    return all_choose_by_rule(T, n, K, false, logits);
+}
+
+CUDA_SENTENCE(3, 23, "The rule holds for logits stored in float16 and bfloat16, with what a NaN looks like there.",
+              "16-bit keys fit other registers than 32-bit ones, so they take other paths",
+              "the rule on the stored values, written again from scratch") {
+    ladder = cuda_topk_rungs;
+    for_sizes("T n K bf16 wild", rule_in_16_bits,
+              SIZES({1, 1, 1, 0, 0}, {3, 13, 20, 1, 0}, {5, 128, 64, 1, 0}, {5, 128, 64, 0, 1}, {2, 256, 32, 1, 1},
+                    {1, 320, 512, 0, 0}, {7, 100, 16, 1, 1}));
+    for_random_sizes("T n K bf16 wild", rule_in_16_bits, 300, (int64_t[]){1, 1, 1, 0, 0},
+                     (int64_t[]){5, 40, 150, 1, 1});
+}
+
+CUDA_SENTENCE(3, 24,
+              "On the GPU a token with a NaN or +∞ logit gets NaN weights and legal indices, and no other is touched.",
+              "tokens share warps and blocks, and must not notice", "the same batch without it") {
+    ladder = cuda_topk_rungs;
+    for_random_sizes("T n K norm", token_alone, 150, (int64_t[]){1, 1, 1, 0}, (int64_t[]){19, 40, 70, 1});
+    for_sizes("T n K norm", token_alone, SIZES({33, 128, 64, 0}, {9, 256, 32, 1}, {3, 320, 512, 0}, {5, 50, 700, 1}));
+}
+
+CUDA_SENTENCE(3, 25, "Every GPU rung computes choices, scores and weights, for n up to 1,024 and K up to 4,096.",
+              "each size has its own registers and shared memory",
+              "the reference: choices as sets, scores and weights at the rung's own choice") {
+    ladder = cuda_topk_rungs;
+    for_sizes("T n K type norm", rungs_compute_it,
+              SIZES({0, 3, 2, 0, 0}, {1, 1, 1, 0, 1}, {3, 2, 4, 1, 0}, {29, 13, 6, 2, 1}, {3, 13, 169, 0, 0},
+                    {5, 128, 64, 2, 0}, {3, 128, 64, 1, 1}, {2, 320, 512, 0, 1}, {1, 320, 17, 2, 0},
+                    {1, 64, 4096, 0, 0}, {2, 129, 65, 0, 0}, {3, 1024, 1, 0, 0}, {3, 1024, 64, 2, 1},
+                    {2, 1024, 4096, 0, 0}, {2, 1023, 4095, 1, 1}, {257, 128, 16, 0, 0}, {1001, 64, 8, 2, 0},
+                    {65, 256, 32, 2, 1}, {33, 128, 128, 0, 1}, {9, 200, 200, 0, 0}, {5, 513, 1000, 2, 0},
+                    {70000, 8, 2, 0, 0}));
+    for_random_sizes("T n K type norm", rungs_compute_it, 200, (int64_t[]){1, 1, 1, 0, 0},
+                     (int64_t[]){40, 200, 300, 2, 1});
+}
+
+/* Are the GPU's scores and weights those of its indices, each by itself, however small? */
+static const char *public_values(const int64_t *size, uint64_t seed) {
+    int64_t T = size[0], n = size[1], K = size[2], norm = size[3], spread = size[4];
+    if (K > n * n)
+        return DOES_NOT_APPLY;
+    float *logits OWNED = normals(seed, 0, (double)spread, 2 * T * n);
+    choice c OWNED_CHOICE = no_choice(T * K), only OWNED_CHOICE = no_choice(T * K);
+    CALL(gpu_topk(FMOE_F32, T, n, K, norm, logits, c.indices, c.scores, c.weights));
+    CALL(gpu_topk(FMOE_F32, T, n, K, norm, logits, only.indices, NULL, NULL));
+    if (!same_bits(c.indices, only.indices, T * K))
+        return because("without scores and weights it chooses otherwise");
+    CHECK(compare_choice(T, n, K, true, logits, c.indices));
+    float *scores OWNED = floats(T * K), *weights OWNED = floats(T * K);
+    CALL(fmoe_topk_at(T, n, K, norm, logits, c.indices, scores, weights));
+    for (int64_t k = 0; k < T * K; k++) {
+        /* A score is rounded to 24 bits a few times; its error is the weight's relative one. */
+        float step = 4e-7f * (1 + fabsf(scores[k]) + (float)spread);
+        if (!(fabsf(c.scores[k] - scores[k]) <= step))
+            return because("place %d: score %.9g, should be %.9g", (int)k, c.scores[k], scores[k]);
+        if (!(fabsf(c.weights[k] - weights[k]) <= 3 * step * weights[k] + 1e-37f))
+            return because("place %d: weight %.9g, should be %.9g", (int)k, c.weights[k], weights[k]);
+    }
+    return HOLDS;
+}
+
+CUDA_SENTENCE(3, 26, "fmoe_cuda_topk's scores and weights are right one by one, large or tiny; both are optional.",
+              "a norm over all of them forgives the small ones", "the formula in double at the choice") {
+    for_sizes("T n K norm spread", public_values,
+              SIZES({1, 1, 1, 0, 1}, {5, 13, 30, 1, 3}, {9, 128, 64, 0, 1}, {9, 128, 64, 1, 20}, {3, 320, 512, 0, 8},
+                    {2, 100, 2000, 1, 2}, {33, 256, 32, 1, 5}));
+    for_random_sizes("T n K norm spread", public_values, 150, (int64_t[]){1, 1, 1, 0, 1},
+                     (int64_t[]){9, 60, 150, 1, 20});
+}
+
+CUDA_SENTENCE(3, 27, "Every GPU rung chooses the reference's very pairs for a trained model's 4,096 tokens.",
+              "17 % of them tie at the K-th place, where a rule that is not kept shows", "the reference, bit by bit") {
+    enum { T = TRAINED_TOKENS, n = TRAINED_KEYS, K = 64 };
+    float *logits OWNED = trained_logits();
+    choice c OWNED_CHOICE = no_choice((int64_t)T * K);
+    expect(choose(T, n, K, false, logits, c) == FMOE_OK, "%s", fmoe_error_message());
+    static const fmoe_dtype types[] = {FMOE_F32, FMOE_BF16}; /* the file's own type, and a wider one */
+    for (int i = 0; i < 2; i++)
+        for (const fmoe_rung *rung = cuda_topk_rungs; rung->run; rung++) {
+            storage = types[i];
+            choice d OWNED_CHOICE = no_choice((int64_t)T * K);
+            fmoe_status status = choose_by(rung, T, n, K, false, logits, d);
+            expect(status == FMOE_OK || status == FMOE_UNSUPPORTED, "%s: %s", rung->name, fmoe_error_message());
+            expect(status == FMOE_UNSUPPORTED || same_bits(c.indices, d.indices, (int64_t)T * K),
+                   "%s chooses otherwise", rung->name);
+        }
+}
+
+CUDA_SENTENCE(3, 28, "Every GPU rung of the top-k writes the same bits in every run.", "a token has one owner",
+              "three runs") {
+    ladder = cuda_topk_rungs;
+    for_sizes("T n K", rungs_repeat_bits,
+              SIZES({1, 3, 2}, {29, 13, 40}, {1037, 128, 64}, {300, 256, 32}, {50, 320, 512}, {4001, 40, 7}));
+}
+
+CUDA_SENTENCE(3, 29,
+              "A top-k depends on its arguments alone: captured in a graph and replayed, or beside another call.",
+              "no hidden state, no wait, no memory of its own",
+              "the reference on data that the capture has not seen; two streams that start together") {
+    static const char *const cases[] = {"T129-n13-K6-normal-f32", "T1000-n128-K64-normal-bf16-norm",
+                                        "T50-n320-K512-normal-f32", "T20-n100-K3000-normal-f16"};
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        const char *wrong = rungs_replay(&fmoe_step_topk, cuda_topk_rungs, fresh_seed(), cases[i]);
+        expect(wrong == HOLDS, "%s: %s", cases[i], wrong);
+        wrong = rungs_side_by_side(&fmoe_step_topk, cuda_topk_rungs, fresh_seed(), cases[i]);
+        expect(wrong == HOLDS, "%s: %s", cases[i], wrong);
+    }
+}
+
+CUDA_HOST_SENTENCE(3, 30, "The GPU's top-k names bad arguments and its own limits before it launches anything.",
+                   "n = 1,025 is legal and unsupported, K = n² + 1 is neither", "the contract") {
+    float m[16] = {0};
+    int32_t indices[8] = {0};
+    const size_t plenty = (size_t)1 << 40;
+#define TOPK(T, n, K, dtype, logits, indices, workspace, bytes)                                                        \
+    fmoe_cuda_topk(T, n, K, false, dtype, logits, indices, m, m, workspace, bytes, NULL)
+    refused(TOPK(-1, 4, 2, FMOE_F32, m, indices, m, plenty), FMOE_BAD_SIZE, "tokens = -1");
+    refused(TOPK(2, 0, 2, FMOE_F32, m, indices, m, plenty), FMOE_BAD_SIZE, "num_keys = 0");
+    refused(TOPK(2, 4, 0, FMOE_F32, m, indices, m, plenty), FMOE_BAD_TOPK, "num_experts_per_tok = 0");
+    refused(TOPK(2, 4, 17, FMOE_F32, m, indices, m, plenty), FMOE_BAD_TOPK, "num_experts_per_tok = 17 exceeds n² = 16");
+    refused(TOPK(2, 1025, 2, FMOE_F32, m, indices, m, plenty), FMOE_UNSUPPORTED, "num_keys = 1025");
+    refused(TOPK(2, 128, 4097, FMOE_F32, m, indices, m, plenty), FMOE_UNSUPPORTED, "num_experts_per_tok = 4097");
+    refused(TOPK(2, 46341, 2, FMOE_F32, m, indices, m, plenty), FMOE_UNSUPPORTED, "num_keys = 46341");
+    refused(TOPK(INT64_MAX / 8, 4, 2, FMOE_F32, m, indices, m, plenty), FMOE_OVERFLOW, "tokens");
+    refused(TOPK(2, 4, 2, FMOE_I64, m, indices, m, plenty), FMOE_UNSUPPORTED, "dtype = 4");
+    refused(TOPK(2, 4, 2, FMOE_F32, NULL, indices, m, plenty), FMOE_NULL_POINTER, "router_logits");
+    refused(TOPK(2, 4, 2, FMOE_F32, m, NULL, m, plenty), FMOE_NULL_POINTER, "indices");
+    size_t needed = fmoe_cuda_topk_workspace(2, 4, 2, FMOE_F32);
+    if (needed > 0) {
+        refused(TOPK(2, 4, 2, FMOE_F32, m, indices, m, needed - 1), FMOE_BAD_WORKSPACE, "workspace_bytes");
+        refused(TOPK(2, 4, 2, FMOE_F32, m, indices, NULL, needed), FMOE_NULL_POINTER, "workspace");
+    }
+    expect(TOPK(0, 4, 2, FMOE_F32, NULL, NULL, m, plenty) == FMOE_OK, "T = 0: %s", fmoe_error_message());
+#undef TOPK
 }

@@ -29,7 +29,8 @@ bool same_bits(const void *a, const void *b, int64_t count);
 /* The step's problem at the case that the name spells. */
 fmoe_problem new_problem(const fmoe_step *step, uint64_t seed, const char *case_format, ...)
     __attribute__((format(printf, 3, 4)));
-/* HOLDS if every rung is right to float32's limit on a problem that was changed by hand. */
+/* HOLDS if every rung is right to float32's limit on a problem that was changed by hand. A GPU's rungs may pass on it.
+ */
 const char *rungs_right(const fmoe_rung *rungs, fmoe_problem *p);
 
 /* For tables of bad calls: the status, and words of the message. */

@@ -20,9 +20,11 @@ static bool option(int argc, char **argv, int *i) {
 
 static int before(void) {
     show_ceilings();
+    show_gpu_ceilings();
     if (only_ceilings)
         return 0;
     show_timing();
+    show_gpu_timing();
     show_error();
     show_floor();
     return 0;

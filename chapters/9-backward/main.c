@@ -1,5 +1,6 @@
 /* Chapter 9: the backward pass. Before the ladders it checks the gradients by finite differences, after them it counts
  * what atomic additions do to the bits. */
+#include "../../cuda/rungs.h"
 #include "../steps.h"
 
 #include <math.h>
@@ -169,7 +170,7 @@ static const char *const quick_mlp[] = {"T128-d256-I512-f32", NULL};
 static const char *const quick_layer[] = {"T128-d128-I512-N1024-K16-normal-f32-train", NULL};
 
 static const fmoe_ladder ladders[] = {
-    {&fmoe_step_topk_backward, chapter9_topk_rungs, topk_cases, quick_topk},
+    {&fmoe_step_topk_backward, chapter9_topk_rungs, topk_cases, quick_topk, cuda_topk_backward_rungs, NULL},
     {&fmoe_step_expert_backward, chapter9_expert_rungs, expert_cases, quick_expert},
     {&fmoe_step_mlp_backward, chapter9_mlp_rungs, mlp_cases, quick_mlp},
     {&fmoe_step_layer_backward, chapter9_layer_rungs, layer_cases, quick_layer},

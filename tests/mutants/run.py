@@ -11,6 +11,9 @@ nothing. The bugs are in chapterN.txt beside this file, separated by blank lines
 
 `old` must occur exactly once in the file. Repeated `old` or `new` lines are joined by a newline; one space after the
 colon is dropped, the rest is kept. A line that starts with # is a comment.
+
+A bug in a file under cuda/, or one with `needs: device`, is planted where there is a GPU; the sentences run on it are
+the ones about the GPU. The other bugs are planted in a build without CUDA.
 """
 
 import argparse
@@ -22,14 +25,17 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SCRATCH = ROOT / "build" / "mutants"
 WORKERS = 2
+GPU_WORKERS = 4  # compile at once; they take turns on the GPU, whose timings would else be of two programs
 # -O1 compiles quickly; without -march=native an illegal instruction cannot be mistaken for a catch.
 FLAGS = ["OPT=-O1", "CFLAGS=-O1 -w", "BUILD=build"]
+WITHOUT_CUDA = ["NVCC="]
 
 
 class Mutant:
@@ -40,6 +46,7 @@ class Mutant:
         self.file = "".join(fields.get("file", []))
         self.old = "\n".join(fields.get("old", []))
         self.new = "\n".join(fields.get("new", []))
+        self.gpu = self.file.startswith("cuda/") or fields.get("needs") == ["device"]
 
     def problem(self):
         """Why it cannot be planted, or None."""
@@ -65,7 +72,7 @@ def read_mutants(path):
                 mutants.append(Mutant(chapter, f"{path.name}:{first}", fields))
             fields = {}
             continue
-        match = re.match(r"(mutant|file|old|new): ?(.*)$", line)
+        match = re.match(r"(mutant|file|needs|old|new): ?(.*)$", line)
         if not match:
             sys.exit(f"{path.name}:{number}: not a field: {line}")
         if not fields:
@@ -76,22 +83,33 @@ def read_mutants(path):
 
 def copy_tree(target):
     shutil.copytree(
-        ROOT, target, symlinks=True, ignore=shutil.ignore_patterns(".git", "build", ".venv", "chapter[0-9]", "golden")
+        ROOT, target, symlinks=True, ignore=shutil.ignore_patterns(".git", ".dev", "build", ".venv", "chapter[0-9]", "golden")
     )
     (target / "tests" / "golden").symlink_to(ROOT / "tests" / "golden")
 
 
-def build(tree, jobs=1):
-    make = ["make", "-s", f"-j{jobs}", *FLAGS, "build/tests/run"]
+def build(tree, gpu, jobs=1):
+    make = ["make", "-s", f"-j{jobs}", *FLAGS, *([] if gpu else WITHOUT_CUDA), "build/tests/run"]
     # Not this make's own variables: a job server or a BUILD given to it is not for the copy.
     environment = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MFLAGS", "BUILD", "TESTS", "CFLAGS")}
     done = subprocess.run(make, cwd=tree, env=environment, capture_output=True, text=True)
     return None if done.returncode == 0 else done.stderr
 
 
-def run(tree, chapter, sentence_limit, limit):
+def no_device():
+    """Why GPU bugs cannot be planted here, or None."""
+    if not (shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").is_file()):
+        return "no nvcc"
+    if not shutil.which("nvidia-smi"):
+        return "no device"
+    names = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True)
+    return None if names.returncode == 0 and names.stdout.strip() else "no device"
+
+
+def run(tree, chapter, gpu, sentence_limit, limit):
     """The sentences' results, {"3.1": "ok"}: ok, FAILED, skipped or hangs; None if the whole run hangs."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("ONLY", "SIZES")}
+    environment = {k: v for k, v in os.environ.items() if k not in ("ONLY", "SIZES", "CUDA")}
+    environment |= {"CUDA": "1"} if gpu else {}
     environment |= {
         "CHAPTER": str(chapter),
         "SEED": "1",
@@ -131,19 +149,22 @@ def by_number(sentences):
 
 
 class Tester:
-    """Two copies of the tree, each with one bug at a time."""
+    """Copies of the tree, each with one bug at a time."""
 
-    def __init__(self):
+    def __init__(self, gpu):
+        self.gpu = gpu
+        self.workers = GPU_WORKERS if gpu else WORKERS
+        self.turn = threading.Semaphore(1 if gpu else WORKERS)
         shutil.rmtree(SCRATCH, ignore_errors=True)
         SCRATCH.mkdir(parents=True)
         first = SCRATCH / "0"
         copy_tree(first)
-        errors = build(first, os.cpu_count() or 1)
+        errors = build(first, gpu, os.cpu_count() or 1)
         if errors:
             sys.exit(f"the tree does not build:\n{errors}")
         self.trees = queue.Queue()
         self.trees.put(first)
-        for i in range(1, WORKERS):
+        for i in range(1, self.workers):
             shutil.copytree(first, SCRATCH / str(i), symlinks=True)
             self.trees.put(SCRATCH / str(i))
         self.seconds = {}
@@ -152,7 +173,7 @@ class Tester:
         """The chapter's results without a bug; they must all be ok."""
         tree = self.trees.get()
         start = time.monotonic()
-        results = run(tree, chapter, 120, 600) or {}
+        results = run(tree, chapter, self.gpu, 120, 600) or {}
         self.seconds[chapter] = time.monotonic() - start
         self.trees.put(tree)
         return results
@@ -164,52 +185,46 @@ class Tester:
         sound = path.read_text()
         try:
             path.write_text(sound.replace(mutant.old, mutant.new))
-            errors = build(tree)
+            errors = build(tree, self.gpu, max(1, (os.cpu_count() or 1) // self.workers))
             if errors:
                 return None, errors
             seconds = self.seconds[mutant.chapter]
-            return run(tree, mutant.chapter, 10 + 3 * seconds, 60 + 10 * seconds), None
+            with self.turn:
+                return run(tree, mutant.chapter, self.gpu, 10 + 3 * seconds, 60 + 10 * seconds), None
         finally:
             path.write_text(sound)
             self.trees.put(tree)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--chapter", type=int, help="only this chapter's bugs and sentences")
-    only = parser.parse_args().chapter
-    start = time.monotonic()
-    failures = []
-
-    files = sorted(Path(__file__).parent.glob("chapter[0-9].txt"))
-    mutants = [m for f in files for m in read_mutants(f) if only is None or m.chapter == only]
-    for mutant in mutants:
-        problem = mutant.problem()
-        if problem:
-            failures.append(f"{mutant.where}: {mutant.name}: {problem}")
-    mutants = [m for m in mutants if not m.problem()]
-
-    tester = Tester()
+def baselines(tester, chapters, mutants, failures):
+    """Each chapter's sentences that hold without any bug."""
     sentences = {}
-    for chapter in range(10) if only is None else [only]:
+    for chapter in chapters:
         results = tester.baseline(chapter)
         failed = by_number(s for s, result in results.items() if result not in ("ok", "skipped"))
         if failed:
             sys.exit(f"without any bug, these sentences fail: {', '.join(failed)}")
+        if tester.gpu and not results:
+            continue  # a chapter that says nothing about the GPU
         sentences[chapter] = {s for s, result in results.items() if result == "ok"}
         if not sentences[chapter]:
             failures.append(f"chapter {chapter} has no sentence")
         if not any(m.chapter == chapter for m in mutants):
-            failures.append(f"chapter {chapter} has no bug to catch: no tests/mutants/chapter{chapter}.txt")
+            failures.append(f"chapter {chapter} has no bug to catch in tests/mutants/chapter{chapter}.txt")
+    return sentences
 
-    caught_something = set()
-    shown = None
+
+def plant(tester, chapters, mutants):
+    """One bug after the other; what went wrong."""
+    failures, caught_something, shown = [], set(), None
+    where = "on the GPU, " if tester.gpu else ""
+    sentences = baselines(tester, chapters, mutants, failures)
     # Bugs of one file follow each other in the files, which spares the copies a rebuild.
-    with concurrent.futures.ThreadPoolExecutor(WORKERS) as pool:
+    with concurrent.futures.ThreadPoolExecutor(tester.workers) as pool:
         for mutant, (results, errors) in zip(mutants, pool.map(tester.try_mutant, mutants)):
             if mutant.chapter != shown:
                 shown = mutant.chapter
-                print(f"Chapter {shown}: {len(sentences[shown])} sentences, {tester.seconds[shown]:.1f} s a run")
+                print(f"Chapter {shown}: {where}{len(sentences[shown])} sentences, {tester.seconds[shown]:.1f} s a run")
             if errors:
                 failures.append(f"{mutant.where}: {mutant.name}: does not compile")
                 print(f"  DOES NOT COMPILE  {mutant.name}\n{errors}", flush=True)
@@ -226,18 +241,44 @@ def main():
             else:
                 failures.append(f"{mutant.where}: {mutant.name}: NOT CAUGHT")
                 print(f"  {mutant.name}: NOT CAUGHT", flush=True)
-
-    for chapter, numbers in sentences.items():
+    for numbers in sentences.values():
         idle = by_number(numbers - caught_something)
         if idle:
             failures.append(f"sentences that caught nothing: {', '.join(idle)}")
+    return failures
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--chapter", type=int, help="only this chapter's bugs and sentences")
+    parser.add_argument("--cuda-only", action="store_true", help="only the bugs and sentences about the GPU")
+    options = parser.parse_args()
+    start = time.monotonic()
+
+    files = sorted(Path(__file__).parent.glob("chapter[0-9].txt"))
+    mutants = [m for f in files for m in read_mutants(f) if options.chapter in (None, m.chapter)]
+    failures = [f"{m.where}: {m.name}: {m.problem()}" for m in mutants if m.problem()]
+    mutants = [m for m in mutants if not m.problem()]
+    chapters = range(10) if options.chapter is None else [options.chapter]
+
+    planted = 0
+    for gpu in [True] if options.cuda_only else [False, True]:
+        these = [m for m in mutants if m.gpu == gpu]
+        reason = no_device() if gpu else None
+        if reason:
+            print(f"\n{len(these)} bugs of the GPU are not planted: {reason}")
+            for mutant in these:
+                print(f"  {mutant.name}")
+            continue
+        failures += plant(Tester(gpu), chapters, these)
+        planted += len(these)
 
     minutes = (time.monotonic() - start) / 60
-    print(f"\n{len(mutants)} bugs planted in {minutes:.1f} minutes")
+    print(f"\n{planted} bugs planted in {minutes:.1f} minutes")
     if failures:
         print("\n".join(failures))
         sys.exit(1)
-    print("every bug was caught, and every sentence caught one")
+    print("every bug was caught, and every sentence caught one" if planted else "no bug was planted")
 
 
 if __name__ == "__main__":

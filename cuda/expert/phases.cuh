@@ -1,0 +1,318 @@
+// The two phases of the expert step for a block that has one token and one slice of the columns, several rows' loads in
+// flight. Rungs in-flight, two-kernels and slices launch them.
+#ifndef FMOE_EXPERT_PHASES_CUH
+#define FMOE_EXPERT_PHASES_CUH
+
+#include "expert.cuh"
+
+// How a slice of a row is read: in loads of 16 bytes, where all rows start at multiples of 16 bytes, with or without a
+// last slice that is not whole, or element by element.
+typedef enum { WHOLE_SLICES, CUT_SLICES, ELEMENTS } slice_form;
+
+// LANES lanes read a row, each LOADS times 16 bytes; with 16 lanes a warp reads two rows abreast. ROWS: how many loads
+// of that kind before the first is used. WARPS at most share a token's pairs in a block, and registers are to be had
+// for BLOCKS such blocks on a multiprocessor.
+template <typename E, slice_form FORM_, int LANES_, int LOADS_, int ROWS_, int WARPS_, int BLOCKS_> struct reading {
+    typedef E element;
+    static constexpr slice_form FORM = FORM_;
+    static constexpr int LANES = LANES_, LOADS = LOADS_, ROWS = ROWS_, WARPS = WARPS_, BLOCKS = BLOCKS_;
+    static constexpr bool VECTORS = FORM != ELEMENTS;
+    static constexpr int EACH = pack16<E>::count;    // elements a load
+    static constexpr int PARTS = LOADS * EACH;       // elements of a row that a lane has
+    static constexpr int WIDTH = LANES * PARTS;      // columns a slice
+    static constexpr int ABREAST = WARP / LANES;     // rows side by side
+    static constexpr int AT_ONCE = ROWS * ABREAST;   // rows in flight
+    static constexpr int LANES_A_ROW = LANES / ROWS; // once the sums are reduced
+};
+
+// The column, within the slice, of a lane's element i.
+template <typename R> __device__ inline int column_of(int i, int lane) {
+    int c = i / R::EACH, e = i % R::EACH;
+    return R::VECTORS ? (c * R::LANES + lane % R::LANES) * R::EACH + e : i * R::LANES + lane % R::LANES;
+}
+
+// 16 bytes of a table row, which few other rows of this multiprocessor will ask for: they leave the first-level cache
+// to x.
+__device__ inline uint4 load_once(const void *from) {
+    uint4 v;
+    asm("ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+        : "l"(from));
+    return v;
+}
+
+// What is read where there is no expert or no column: a load from here costs less than a branch around it.
+static __device__ const uint4 zeros[256] = {};
+
+// Where an expert's slice begins; every lane makes the address of its own pair's, and shuffles hand it to the others.
+template <typename R> __device__ inline uint64_t slice_of(const void *table, int d, int first_column, int32_t expert) {
+    typedef typename R::element E;
+    return (uint64_t)(expert >= 0 ? (const E *)table + (int64_t)expert * d + first_column : (const E *)zeros);
+}
+
+// A lane's part of the slice that lane `of` has the address of. columns: from the slice's first to the table's last.
+template <typename R>
+__device__ inline void load_row(uint64_t slice, int of, int columns, int lane,
+                                pack16<typename R::element> (&part)[R::LOADS]) {
+    typedef typename R::element E;
+    const E *row = (const E *)__shfl_sync(ALL_LANES, slice, of) + column_of<R>(0, lane);
+#pragma unroll
+    for (int i = 0; i < R::PARTS; i += R::VECTORS ? R::EACH : 1) {
+        bool inside = R::FORM == WHOLE_SLICES || column_of<R>(i, lane) < columns;
+        const E *from = inside ? row + column_of<R>(i, 0) : (const E *)zeros;
+        if (R::VECTORS)
+            *(uint4 *)&part[i / R::EACH] = load_once(from);
+        else
+            part[i / R::EACH].at[i % R::EACH] = __ldg(from);
+    }
+}
+
+// 16 bytes as float32. A bfloat16 is the upper half of a float32: a shift or a mask.
+template <typename E> __device__ inline void unpack(const pack16<E> &part, float (&values)[pack16<E>::count]) {
+#pragma unroll
+    for (int i = 0; i < pack16<E>::count; i++)
+        values[i] = to_f32(part.at[i]);
+}
+template <> __device__ inline void unpack(const pack16<__nv_bfloat16> &part, float (&values)[8]) {
+    const unsigned *twos = (const unsigned *)&part;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        values[2 * i] = __uint_as_float(twos[i] << 16);
+        values[2 * i + 1] = __uint_as_float(twos[i] & 0xffff0000u);
+    }
+}
+
+// ---- Ahead of time
+
+// A part of a table: `rows` rows from first_row on, `width` bytes of each from first_byte on.
+typedef struct {
+    const void *table;
+    int first_row, rows, first_byte, width;
+} table_part;
+
+// The block's share, one of a.T, of asking for what the next blocks will read. A line is 128 bytes.
+static __device__ inline void prefetch(const table_part &part, int row_bytes, int share, int shares) {
+    int lines_a_row = (part.width + 127) / 128;
+    int64_t lines = (int64_t)part.rows * lines_a_row;
+    for (int64_t i = lines * share / shares + threadIdx.x; i < lines * (share + 1) / shares; i += blockDim.x) {
+        int row = (int)(i / lines_a_row), byte = (int)(i % lines_a_row) * 128;
+        const char *line =
+            (const char *)part.table + (int64_t)(part.first_row + row) * row_bytes + part.first_byte + byte;
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
+    }
+}
+
+// ---- Phase 1
+
+// [reduce-rows]
+// Sums ROWS values over LANES lanes at once. In each of the first steps a lane gives half of its rows away and gets its
+// partner's share of the other half: 1 + 2 + ... + ROWS/2 shuffles in all and then one for each further step, where row
+// by row would take 5 · ROWS. Lane l of LANES ends with the sum of row l / (LANES / ROWS).
+template <int ROWS, int LANES> __device__ inline float reduce_rows(float (&sum)[ROWS], int lane) {
+    int step = LANES / 2;
+#pragma unroll
+    for (int half = ROWS / 2; half; half /= 2, step /= 2)
+#pragma unroll
+        for (int r = 0; r < half; r++) {
+            bool upper = lane & step;
+            float given = upper ? sum[r] : sum[r + half];
+            sum[r] = (upper ? sum[r + half] : sum[r]) + __shfl_xor_sync(ALL_LANES, given, step);
+        }
+    for (; step; step /= 2)
+        sum[0] += __shfl_xor_sync(ALL_LANES, sum[0], step);
+    return sum[0];
+}
+// [/reduce-rows]
+
+// [dots]
+// Sums ⟨x, down[e]⟩ over the slice for up to 32 pairs, the one of lane l in lane l.
+template <typename R>
+__device__ inline float dots(const expert_task &a, const float (&x)[R::PARTS], int first_column, int32_t expert,
+                             int pairs, int lane) {
+    typedef typename R::element E;
+    uint64_t slice = slice_of<R>(a.down, a.d, first_column, expert);
+    int side = lane / R::LANES, columns = a.d - first_column;
+    // Where the sum of this lane's own pair will be.
+    int holder = lane % R::ABREAST * R::LANES + lane % R::AT_ONCE / R::ABREAST * R::LANES_A_ROW;
+    float mine = 0;
+#pragma unroll 1
+    for (int j = 0; j < pairs; j += R::AT_ONCE) {
+        pack16<E> row[R::ROWS][R::LOADS];
+#pragma unroll
+        for (int r = 0; r < R::ROWS; r++)
+            load_row<R>(slice, j + r * R::ABREAST + side, columns, lane, row[r]);
+        float sum[R::ROWS];
+#pragma unroll
+        for (int r = 0; r < R::ROWS; r++) {
+            sum[r] = 0;
+#pragma unroll
+            for (int c = 0; c < R::LOADS; c++) {
+                float values[R::EACH];
+                unpack(row[r][c], values);
+#pragma unroll
+                for (int i = 0; i < R::EACH; i++)
+                    sum[r] = fmaf(x[c * R::EACH + i], values[i], sum[r]);
+            }
+        }
+        float reduced = reduce_rows<R::ROWS, R::LANES>(sum, lane);
+        reduced = __shfl_sync(ALL_LANES, reduced, holder);
+        mine = lane / R::AT_ONCE == j / R::AT_ONCE ? reduced : mine;
+    }
+    return mine;
+}
+// [/dots]
+
+// The pairs of a token that a warp has: begin to end.
+__device__ inline void share_of_warp(int K, int *begin, int *end) {
+    int warps = blockDim.x / WARP, share = (K + warps - 1) / warps;
+    *begin = min(K, (int)threadIdx.x / WARP * share);
+    *end = min(K, *begin + share);
+}
+
+// A lane's part of the token, from first_column on.
+template <typename R>
+__device__ inline void load_x(const expert_task &a, int t, int first_column, int lane, float (&x)[R::PARTS]) {
+    typedef typename R::element E;
+    const E *token = (const E *)a.x + (int64_t)t * a.d + first_column;
+#pragma unroll
+    for (int c = 0; c < R::LOADS; c++) {
+        pack16<E> part = {};
+        if (R::VECTORS && first_column + column_of<R>(c * R::EACH, lane) < a.d)
+            part = *(const pack16<E> *)(token + column_of<R>(c * R::EACH, lane));
+#pragma unroll
+        for (int e = 0; e < R::EACH; e++) {
+            int column = column_of<R>(c * R::EACH + e, lane);
+            if (!R::VECTORS && first_column + column < a.d)
+                part.at[e] = token[column];
+            x[c * R::EACH + e] = to_f32(part.at[e]);
+        }
+    }
+}
+
+// The same over all the columns from first_column to last_column.
+template <typename R>
+__device__ inline float dots_of_columns(const expert_task &a, int t, int first_column, int last_column, int32_t expert,
+                                        int pairs, int lane) {
+    float s = 0;
+    for (int column = first_column; column < last_column; column += R::WIDTH) {
+        float x[R::PARTS];
+        load_x<R>(a, t, column, lane, x);
+        s += dots<R>(a, x, column, expert, pairs, lane);
+    }
+    return s;
+}
+
+// [phase-1]
+// A block's sums: the pairs of token t, the columns from first_column to last_column. partial: where the sums go if
+// these are not all columns, or NULL.
+template <typename R>
+__device__ inline void pre_activations(const expert_task &a, int t, int first_column, int last_column, float *partial) {
+    int lane = threadIdx.x % WARP, begin, end;
+    share_of_warp(a.K, &begin, &end);
+    for (int first = begin; first < end; first += WARP) {
+        bool has = first + lane < end;
+        int64_t pair = (int64_t)t * a.K + first + lane;
+        int32_t expert = has ? expert_of_pair(a, pair) : NO_EXPERT;
+        float weight = has && !partial ? a.weights[pair] : 0;
+        float s = dots_of_columns<R>(a, t, first_column, last_column, expert, min(WARP, end - first), lane);
+        if (has && partial)
+            __stcs(partial + pair, s);
+        else if (has)
+            store_pair(a, pair, expert, s, weight);
+    }
+}
+// [/phase-1]
+
+// ---- Phase 2
+
+// [add-rows]
+// sum += Σ activation · up[e] over the slice for up to 32 pairs, whose experts the lanes have. Their activations are
+// asked for after the first rows are on their way; with `wait` they are another kernel's, which may still run.
+template <typename R>
+__device__ inline void add_rows(const expert_task &a, int first_column, int32_t expert, int64_t pair, int pairs,
+                                bool wait, int lane, float (&sum)[R::PARTS]) {
+    typedef typename R::element E;
+    uint64_t slice = slice_of<R>(a.up, a.d, first_column, expert);
+    int side = lane / R::LANES, columns = a.d - first_column;
+    float activation = 0;
+#pragma unroll 1
+    for (int j = 0; j < pairs; j += R::AT_ONCE) {
+        pack16<E> row[R::ROWS][R::LOADS];
+#pragma unroll
+        for (int r = 0; r < R::ROWS; r++)
+            load_row<R>(slice, j + r * R::ABREAST + side, columns, lane, row[r]);
+        if (j == 0) {
+            if (wait)
+                wait_for_kernel_before();
+            activation = expert >= 0 ? a.activations[pair] : 0;
+        }
+#pragma unroll
+        for (int r = 0; r < R::ROWS; r++) {
+            float scale = __shfl_sync(ALL_LANES, activation, j + r * R::ABREAST + side);
+#pragma unroll
+            for (int c = 0; c < R::LOADS; c++) {
+                float values[R::EACH];
+                unpack(row[r][c], values);
+#pragma unroll
+                for (int i = 0; i < R::EACH; i++)
+                    sum[c * R::EACH + i] = fmaf(scale, values[i], sum[c * R::EACH + i]);
+            }
+        }
+    }
+}
+// [/add-rows]
+
+// Adds up the warps' sums in the order of the warps, and rounds once.
+template <typename R>
+__device__ inline void join_warps(const expert_task &a, int t, int first_column, float (&sum)[R::PARTS],
+                                  float *shared) {
+    typedef typename R::element E;
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
+#pragma unroll
+    for (int i = 0; i < R::PARTS; i++) {
+#pragma unroll
+        for (int step = R::LANES; step < WARP; step *= 2)
+            sum[i] += __shfl_xor_sync(ALL_LANES, sum[i], step);
+        if (lane < R::LANES)
+            shared[warp * R::WIDTH + column_of<R>(i, lane)] = sum[i];
+    }
+    __syncthreads();
+    E *y = (E *)a.y + (int64_t)t * a.d + first_column;
+    for (int column = threadIdx.x; column < min(R::WIDTH, a.d - first_column); column += blockDim.x) {
+        float all = 0;
+        for (int w = 0; w < warps; w++)
+            all += shared[w * R::WIDTH + column];
+        y[column] = from_f32<E>(all);
+    }
+    __syncthreads();
+}
+
+// [phase-2]
+// A block's part of y: token t, the columns from first_column to last_column. With the first column comes the note.
+template <typename R>
+__device__ inline void output(const expert_task &a, int t, int first_column, int last_column, bool wait,
+                              float *shared) {
+    __shared__ int first_bad;
+    int lane = threadIdx.x % WARP, begin, end;
+    share_of_warp(a.K, &begin, &end);
+    if (threadIdx.x == 0)
+        first_bad = a.K;
+    __syncthreads();
+    for (int column = first_column; column < last_column; column += R::WIDTH) {
+        float sum[R::PARTS] = {};
+        for (int first = begin; first < end; first += WARP) {
+            bool has = first + lane < end;
+            int64_t pair = (int64_t)t * a.K + first + lane;
+            int32_t expert = has ? expert_of_pair(a, pair) : NO_EXPERT;
+            if (has && expert == NO_EXPERT)
+                atomicMin(&first_bad, first + lane);
+            add_rows<R>(a, column, expert, pair, min(WARP, end - first), wait, lane, sum);
+        }
+        join_warps<R>(a, t, column, sum, shared);
+    }
+    if (first_column == 0 && threadIdx.x == 0)
+        write_note(a, t, first_bad);
+}
+// [/phase-2]
+
+#endif

@@ -1,0 +1,213 @@
+// The instructions that CUDA C++ has no name for, one function each: asynchronous copies, tensor-core operands and
+// products (sm_80), barriers in shared memory, bulk tensor copies and warpgroup products (sm_90a).
+#ifndef FMOE_PTX_CUH
+#define FMOE_PTX_CUH
+
+#include "device.cuh"
+
+#include <cuda.h>
+#include <stdint.h>
+
+// Which parts of a file a compilation for one architecture has.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+#define HAS_MMA_SYNC 1
+#else
+#define HAS_MMA_SYNC 0
+#endif
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define HAS_WGMMA 1
+#else
+#define HAS_WGMMA 0
+#endif
+
+template <typename E> struct is_bf16 { static constexpr bool value = false; };
+template <> struct is_bf16<__nv_bfloat16> { static constexpr bool value = true; };
+
+__device__ inline unsigned shared_address(const void *pointer) {
+    return (unsigned)__cvta_generic_to_shared(pointer);
+}
+
+// ---- sm_80: asynchronous copies to shared memory
+// ---------------------------------------------------------------------
+
+// 16 bytes past the first-level cache; zeros where the source is outside.
+__device__ inline void copy_async_16(void *shared, const void *global, bool inside) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
+                 "r"(inside ? 16 : 0)
+                 : "memory");
+}
+
+// Closes a group of copies ...
+__device__ inline void copy_async_commit() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// ... and waits until at most so many of this thread's latest groups are still under way.
+template <int GROUPS> __device__ inline void copy_async_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
+}
+
+// ---- sm_80: tensor cores, a warp at a time
+// ---------------------------------------------------------------------------
+
+// Four 8×8 matrices of 16-bit elements: lanes 8i to 8i + 7 name the rows of matrix i, and part i of every lane gets two
+// neighbours of row lane / 4, columns 2 (lane mod 4) and the next.
+__device__ inline void load_matrices(unsigned (&parts)[4], const void *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(parts[0]), "=r"(parts[1]), "=r"(parts[2]), "=r"(parts[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
+
+// sums [16 × 8] += a [16 × 16] · b [16 × 8]
+template <typename E>
+__device__ inline void mma_16x8x16(float (&sums)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    if constexpr (is_bf16<E>::value)
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+                     "{%8, %9}, {%0, %1, %2, %3};"
+                     : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    else
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+                     "{%8, %9}, {%0, %1, %2, %3};"
+                     : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// ---- sm_90: one kernel's start under the end of the one before
+// --------------------------------------------------------
+
+// Both do nothing before sm_90. The next kernel, launched to overlap, may start once every block has said so or has
+// ended.
+__device__ inline void start_next_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Until the kernel before has ended and its stores can be seen. Returns at once in an ordinary launch.
+__device__ inline void wait_for_kernel_before() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Launches so if asked to (sm_90 on), otherwise after the kernel before has ended.
+template <typename... Parameters, typename... Arguments>
+static inline fmoe_status launch_overlapping(const char *name, bool overlap, void (*kernel)(Parameters...),
+                                             unsigned blocks, dim3 threads, size_t shared, cudaStream_t stream,
+                                             Arguments... arguments) {
+    cudaLaunchAttribute early = {};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = blocks, config.blockDim = threads;
+    config.dynamicSmemBytes = shared, config.stream = stream;
+    config.attrs = &early, config.numAttrs = overlap ? 1 : 0;
+    cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
+    return launched(name);
+}
+
+// ---- sm_90: barriers in shared memory that copies can complete
+// --------------------------------------------------------
+
+__device__ inline void barrier_init(uint64_t *barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+}
+
+// After the inits: other threads and the copy engine see the barriers.
+__device__ inline void barrier_init_done() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+__device__ inline void barrier_arrive(uint64_t *barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+// Arrives, and the phase ends only after so many bytes were copied as well.
+__device__ inline void barrier_arrive_expecting(uint64_t *barrier, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+                 : "memory");
+}
+
+// Until the phase of that parity (0, 1, 0, ...) has ended.
+__device__ inline void barrier_wait(uint64_t *barrier, int parity) {
+    asm volatile("{\n"
+                 ".reg .pred done;\n"
+                 "again:\n"
+                 "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+                 "@!done bra again;\n"
+                 "}" ::"r"(shared_address(barrier)),
+                 "r"(parity)
+                 : "memory");
+}
+
+// Threads of some warps of a block wait for one another; barrier 0 is __syncthreads'.
+__device__ inline void barrier_sync(int barrier, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+// ---- sm_90: copies by the copy engine, completing on a barrier
+// -----------------------------------------------------------
+
+// The box whose corner is (column, row) of a matrix; what lies outside the matrix arrives as zeros.
+__device__ inline void copy_box(void *shared, const CUtensorMap *map, int column, int row, uint64_t *barrier) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], "
+                 "[%4];" ::"r"(shared_address(shared)),
+                 "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier))
+                 : "memory");
+}
+
+// A multiple of 16 bytes, both ends aligned to 16.
+__device__ inline void copy_bulk(void *shared, const void *global, int bytes, uint64_t *barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     shared_address(shared)),
+                 "l"(global), "r"(bytes), "r"(shared_address(barrier))
+                 : "memory");
+}
+
+// ---- sm_90a: tensor cores, four warps at a time
+// ----------------------------------------------------------------------
+
+// Orders the registers that were written before with the products that follow.
+__device__ inline void wgmma_fence() {
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+__device__ inline void wgmma_commit() {
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+template <int GROUPS> __device__ inline void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(GROUPS) : "memory");
+}
+
+// An operand in shared memory: rows of 64 16-bit elements along k, swizzled over 128 bytes (tile.cuh), its start at a
+// multiple of 1,024 bytes; 8 rows are 1,024 bytes. k advances by 16 elements with + 2.
+__device__ inline uint64_t wgmma_operand(const void *tile) {
+    uint64_t address = (shared_address(tile) & 0x3ffff) >> 4, eight_rows = 1024 >> 4, swizzle_128 = 1;
+    return address | 1ull << 16 | eight_rows << 32 | swizzle_128 << 62;
+}
+
+#define WGMMA_8(s, i)                                                                                                  \
+    "+f"(s[i]), "+f"(s[i + 1]), "+f"(s[i + 2]), "+f"(s[i + 3]), "+f"(s[i + 4]), "+f"(s[i + 5]), "+f"(s[i + 6]),        \
+        "+f"(s[i + 7])
+#define WGMMA_64x128x16(types, sums, a, b)                                                                             \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." types " "                                              \
+                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                             \
+                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                    \
+                 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                    \
+                 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "                   \
+                 "{%64, %65, %66, %67}, %68, 1, 1, 1, 0;"                                                              \
+                 : WGMMA_8(sums, 0), WGMMA_8(sums, 8), WGMMA_8(sums, 16), WGMMA_8(sums, 24), WGMMA_8(sums, 32),        \
+                   WGMMA_8(sums, 40), WGMMA_8(sums, 48), WGMMA_8(sums, 56)                                             \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+
+// sums [64 × 128] += a [64 × 16] · bᵀ, b [128 × 16]: a in registers, warp w of the four has rows 16w to 16w + 15 as in
+// mma_16x8x16; sums 4j to 4j + 3 are that product's for keys 8j to 8j + 7. Runs on after the instruction.
+template <typename E> __device__ inline void wgmma_64x128x16(float (&sums)[64], const unsigned (&a)[4], uint64_t b) {
+    if constexpr (is_bf16<E>::value)
+        WGMMA_64x128x16("bf16.bf16", sums, a, b);
+    else
+        WGMMA_64x128x16("f16.f16", sums, a, b);
+}
+
+#endif

@@ -1,0 +1,21 @@
+/* The router's rungs on the GPU, for its ladder (ladder.c) and for fmoe_cuda_router. */
+#ifndef FMOE_CUDA_ROUTER_H
+#define FMOE_CUDA_ROUTER_H
+
+#include "../../chapters/steps.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Each takes fmoe_router_args with device pointers; log_probs may be NULL. */
+fmoe_rung_fn cuda_router_columns, cuda_router_one_pass, cuda_router_tiles, cuda_router_split, cuda_router_wgmma;
+/* The workspace of the rungs that store x̂, and of those that do not. */
+fmoe_workspace_fn cuda_router_x_hat_bytes, cuda_router_bytes;
+/* What the tensor-core rungs do: 16-bit storage, rows of x that start at multiples of 16 bytes. */
+bool cuda_router_16_bit(const void *args);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

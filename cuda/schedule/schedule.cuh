@@ -1,0 +1,108 @@
+// What the rungs of schedule share: their arguments, the checks, the note about bad indices, a block's scan, and the
+// rank of a lane among the lanes that hold the same number.
+#ifndef FMOE_SCHEDULE_CUH
+#define FMOE_SCHEDULE_CUH
+
+#include "../device.cuh"
+#include "schedule.h"
+
+typedef struct {
+    int T, K, N, num_pairs;
+    const int32_t *indices; // [T, K]
+    int32_t *offsets;       // [N + 1]
+    int32_t *pairs;         // [T·K]
+    void *note;             // the workspace's beginning
+    char *rest;             // what follows the note in the workspace
+} schedule_task;
+
+// Checks sizes, pointers and the workspace, which holds the note and then `needed` bytes for the rung.
+fmoe_status schedule_make(int64_t T, int64_t K, int64_t N, const int32_t *indices, int32_t *offsets, int32_t *pairs,
+                          void *workspace, size_t workspace_bytes, size_t needed, schedule_task *task);
+fmoe_status schedule_from_args(const void *args, void *workspace, size_t workspace_bytes, size_t needed,
+                               schedule_task *task);
+// T = 0: all offsets are 0, and nothing is noted.
+fmoe_status schedule_nothing(const schedule_task *task, cudaStream_t stream);
+
+static inline size_t round_256(size_t bytes) {
+    return (bytes + 255) / 256 * 256;
+}
+
+static inline size_t schedule_note_bytes(int64_t T) {
+    return round_256(cuda_note_workspace(T));
+}
+
+// As an unsigned number a negative index is larger than any N: every bad index is expert N, a slot behind the last.
+__device__ inline int expert_of(const schedule_task &a, int pair) {
+    return (int)min((unsigned)a.indices[pair], (unsigned)a.N);
+}
+
+// [scan]
+// The sum of the values of the threads before this one, and of all. A warp adds by shuffles, in five steps; the warps'
+// sums meet in shared memory. sums: [warps]. Every thread of the block calls it.
+template <typename V> __device__ V scan_block(V value, V *sums, V *total) {
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
+    V inclusive = value, before = 0, all = 0;
+    for (int step = 1; step < WARP; step *= 2) {
+        V other = __shfl_up_sync(ALL_LANES, inclusive, step);
+        inclusive += lane >= step ? other : 0;
+    }
+    if (lane == WARP - 1)
+        sums[warp] = inclusive;
+    __syncthreads();
+    for (int w = 0; w < warps; w++) {
+        before += w < warp ? sums[w] : 0;
+        all += sums[w];
+    }
+    __syncthreads();
+    *total = all;
+    return before + inclusive - value;
+}
+// [/scan]
+
+// [take-places]
+// The lanes of a warp hold consecutive pairs. Each takes the next place of its digit's counter, in the order of lanes:
+// who holds the same digit is one instruction, the earlier ones among them are counted, and the first moves the counter
+// on. Digit -1: no pair.
+__device__ inline int take_place(int digit, unsigned peers, int *counters) {
+    int lane = threadIdx.x % WARP, place = 0;
+    int rank = __popc(peers & ((1u << lane) - 1));
+    if (digit >= 0)
+        place = counters[digit];
+    __syncwarp();
+    if (digit >= 0 && rank == 0)
+        counters[digit] = place + __popc(peers);
+    __syncwarp();
+    return place + rank;
+}
+// [/take-places]
+
+// The note of a call of which `good` pairs have an expert, by all threads of one block. Where all have, that is two
+// stores; else the block looks for the first one, and gives all tokens up to there a line.
+__device__ inline void note_bad_indices(const schedule_task &a, int good) {
+    __shared__ int first;
+    cuda_note note = {CUDA_NOTE_MARK, 0, a.N, LIMIT_EXPERTS};
+    if (good < a.num_pairs) {
+        if (threadIdx.x == 0)
+            first = INT32_MAX;
+        __syncthreads();
+        bool found = false;
+        for (int64_t begin = 0; begin < a.num_pairs && !found; begin += blockDim.x) {
+            int64_t pair = begin + threadIdx.x;
+            bool bad = pair < a.num_pairs && expert_of(a, (int)pair) == a.N;
+            if (bad)
+                atomicMin(&first, (int)pair);
+            found = __syncthreads_or(bad);
+        }
+        int t = first / a.K, k = first % a.K;
+        cuda_note_line *lines = cuda_note_lines(a.note);
+        for (int64_t line = threadIdx.x; line < t; line += blockDim.x)
+            lines[line] = {-1, 0};
+        if (threadIdx.x == 0)
+            lines[t] = {k, a.indices[first]};
+        note.tokens = (long long)t + 1;
+    }
+    if (threadIdx.x == 0)
+        *(cuda_note *)a.note = note;
+}
+
+#endif

@@ -1,0 +1,135 @@
+// Two levels: sizes, launches, and the rungs that are made of them. fmoe_cuda_schedule calls the last one.
+#include "two_levels.cuh"
+
+#include "schedule_api.h"
+
+#ifndef CHUNK0
+#define CHUNK0 11
+#endif
+#ifndef BUCKETS0
+#define BUCKETS0 128
+#endif
+static int bits_for(int64_t count) {
+    int bits = 0;
+    while ((int64_t)1 << bits < count)
+        bits++;
+    return bits;
+}
+
+static int warps_for(int digits, int counters) {
+    int warps = MAX_WARPS;
+    while (warps > 1 && warps * digits > counters)
+        warps /= 2;
+    return warps;
+}
+
+// [geometry]
+// Chunks of 2,048 pairs, then of 4,096, then of whatever keeps their number at 2,048. About as many buckets as make
+// 2,048 pairs each, but at least 128, one a multiprocessor, if there are so many experts, and not so few that a bucket
+// has more experts than a block has counters for.
+static void choose_sizes(int64_t num_pairs, int64_t N, levels *l) {
+    l->chunk_bits = num_pairs <= (1 << 19) ? CHUNK0 : 12;
+    while (ceil_div(num_pairs, (int64_t)1 << l->chunk_bits) > 2048)
+        l->chunk_bits++;
+    l->chunks = (int)ceil_div(num_pairs, (int64_t)1 << l->chunk_bits);
+    int64_t most = num_pairs / 2048 > BUCKETS0 ? num_pairs / 2048 : BUCKETS0;
+    most = most < 2048 ? most : 2048;
+    l->low_bits = bits_for(ceil_div(N, most));
+    if (l->low_bits > 10)
+        l->low_bits = N >> 10 > 2048 ? 11 : 10;
+    l->buckets = (int)(N >> l->low_bits) + 1;
+}
+// [/geometry]
+
+size_t levels_lay_out(int64_t num_pairs, int64_t N, bool even, char *memory, levels *l) {
+    choose_sizes(num_pairs, N, l);
+    l->chunk_warps = warps_for(l->buckets, CHUNK_COUNTERS);
+    l->bucket_warps = warps_for(1 << l->low_bits, BUCKET_COUNTERS);
+    l->slice = l->bucket_warps * GROUP;
+    l->even = even;
+    // A helper adds up a small table faster than a kernel starts.
+    l->planned = even && (int64_t)l->buckets * l->chunks > 32768;
+    size_t records = round_256((size_t)num_pairs * sizeof(uint32_t));
+    size_t starts = round_256((size_t)(l->buckets + 1) * (size_t)l->chunks * sizeof(int32_t));
+    size_t bases = round_256((size_t)(l->buckets + 1) * sizeof(int32_t));
+    size_t heavy = ((size_t)l->chunks << (HEAVY_BITS + l->low_bits)) * sizeof(int32_t);
+    l->records = (uint32_t *)memory;
+    l->starts = (int32_t *)(memory + records);
+    l->bases = (int32_t *)(memory + records + starts);
+    l->heavy = (int32_t *)(memory + records + starts + bases);
+    return records + starts + bases + heavy;
+}
+
+// [launch]
+// With overlap the kernel's blocks may start before the kernel in front of it has finished: wait_for_previous is where
+// they wait for its results.
+static fmoe_status launch(const char *name, void (*kernel)(levels), int blocks, int threads, size_t shared,
+                          bool overlap, const levels *l, cudaStream_t stream) {
+    if (shared > 47 * 1024) // more has to be asked for
+        TRY(cuda_call(name, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared)));
+    cudaLaunchAttribute early = {};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3((unsigned)blocks);
+    config.blockDim = dim3((unsigned)threads);
+    config.dynamicSmemBytes = shared;
+    config.stream = stream;
+    config.attrs = &early;
+    config.numAttrs = overlap ? 1 : 0;
+    return cuda_call(name, cudaLaunchKernelEx(&config, kernel, *l));
+}
+// [/launch]
+
+static fmoe_status run(levels *l, bool overlap, cudaStream_t stream) {
+    if (l->call.T == 0)
+        return schedule_nothing(&l->call, stream);
+    int helpers = l->even ? l->call.num_pairs / l->slice : 0;
+    TRY(launch("sort_chunk", sort_chunk, l->chunks, l->chunk_warps * WARP, sort_chunk_shared(l), false, l, stream));
+    if (l->planned)
+        TRY(launch("find_bases", find_bases, (int)ceil_div(l->buckets + 1, 8), 8 * WARP, 0, overlap, l, stream));
+    return launch("sort_bucket", sort_bucket, l->buckets + helpers, l->bucket_warps * WARP, sort_bucket_shared(l),
+                  overlap, l, stream);
+}
+
+extern "C" size_t fmoe_cuda_schedule_workspace(int64_t T, int64_t K, int64_t N) {
+    if (T < 0 || K < 1 || N < 1 || N > FMOE_CUDA_MAX_EXPERTS || T > INT32_MAX / K)
+        return 0;
+    levels l;
+    return schedule_note_bytes(T) + levels_lay_out(T * K, N, true, NULL, &l);
+}
+
+extern "C" size_t cuda_schedule_levels_workspace(const void *args) {
+    const fmoe_schedule_args *a = (const fmoe_schedule_args *)args;
+    return fmoe_cuda_schedule_workspace(a->T, a->K, a->N);
+}
+
+static fmoe_status run_rung(const void *args, void *workspace, size_t workspace_bytes, bool even, bool overlap,
+                            void *stream) {
+    levels l;
+    size_t all = cuda_schedule_levels_workspace(args),
+           note = schedule_note_bytes(((const fmoe_schedule_args *)args)->T);
+    TRY(schedule_from_args(args, workspace, workspace_bytes, all > note ? all - note : 0, &l.call));
+    levels_lay_out(l.call.num_pairs, l.call.N, even, l.call.rest, &l);
+    return run(&l, overlap, (cudaStream_t)stream);
+}
+
+extern "C" fmoe_status cuda_schedule_two_levels(const void *args, void *workspace, size_t workspace_bytes,
+                                                void *stream) {
+    return run_rung(args, workspace, workspace_bytes, false, false, stream);
+}
+
+extern "C" fmoe_status cuda_schedule_even(const void *args, void *workspace, size_t workspace_bytes, void *stream) {
+    return run_rung(args, workspace, workspace_bytes, true, false, stream);
+}
+
+extern "C" fmoe_status cuda_schedule_overlap(const void *args, void *workspace, size_t workspace_bytes, void *stream) {
+    return run_rung(args, workspace, workspace_bytes, true, true, stream);
+}
+
+extern "C" fmoe_status fmoe_cuda_schedule(int64_t T, int64_t K, int64_t N, const int32_t *indices, int32_t *offsets,
+                                          int32_t *pairs, void *workspace, size_t workspace_bytes, void *stream) {
+    fmoe_schedule_args args = {T, K, N, indices, offsets, pairs};
+    bool overlap = fmoe_cuda_level() >= 2;
+    return run_rung(&args, workspace, workspace_bytes, true, overlap, stream);
+}

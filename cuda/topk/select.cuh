@@ -1,0 +1,216 @@
+// The middle of a warp's work: candidates, a threshold that enough of them reach, and those moved together.
+#ifndef FMOE_TOPK_SELECT_CUH
+#define FMOE_TOPK_SELECT_CUH
+
+#include "warp.cuh"
+
+// Place and pair of a candidate in the list, which is made for powers of two of K and more keys than K.
+template <typename Shape> __device__ inline bool exists(const topk_task &a, int place, uint32_t pair) {
+    int x = pair & 0xffff, y = pair >> 16;
+    if (Shape::candidates % WARP && place >= Shape::candidates)
+        return false;
+    return (a.K == Shape::most && a.n >= Shape::most) || ((x + 1) * (y + 1) <= a.K && x < a.n && y < a.n);
+}
+
+template <typename Shape> __device__ inline float sum_of(const typename Shape::memory &m, uint32_t pair) {
+    return m.ranked[0][pair & 0xffff] + m.ranked[1][pair >> 16];
+}
+
+template <typename Shape>
+__device__ inline uint32_t keys_of(const typename Shape::memory &m, uint32_t pair) { // i above j: order of pair indices
+    return (uint32_t)m.key[0][pair & 0xffff] << Shape::key_bits | m.key[1][pair >> 16];
+}
+
+// A lane's candidates: in registers where they are few, else added again on every visit. −∞ for what is none.
+template <typename Shape> struct candidates {
+    static constexpr int unroll = Shape::in_registers ? Shape::chunks : 4;
+    uint32_t pairs[Shape::in_registers ? Shape::chunks : 1];
+    float sums[Shape::in_registers ? Shape::chunks : 1];
+    int lane;
+
+    __device__ void list(int lane_) {
+        lane = lane_;
+        if constexpr (Shape::in_registers)
+#pragma unroll
+            for (int c = 0; c < Shape::chunks; c++)
+                pairs[c] = stairs.pair[c * WARP + lane];
+    }
+    __device__ void add(const topk_task &a, const typename Shape::memory &m) {
+        if constexpr (Shape::in_registers)
+#pragma unroll
+            for (int c = 0; c < Shape::chunks; c++)
+                sums[c] = exists<Shape>(a, c * WARP + lane, pairs[c]) ? sum_of<Shape>(m, pairs[c]) : -INFINITY;
+    }
+    __device__ uint32_t pair(int c) const {
+        if constexpr (Shape::in_registers)
+            return pairs[c];
+        return stairs.pair[c * WARP + lane];
+    }
+    __device__ float sum(int c, const topk_task &a, const typename Shape::memory &m) const {
+        if constexpr (Shape::in_registers)
+            return sums[c];
+        uint32_t p = stairs.pair[c * WARP + lane];
+        return exists<Shape>(a, c * WARP + lane, p) ? sum_of<Shape>(m, p) : -INFINITY;
+    }
+};
+
+// [bound]
+// A sum that K candidates reach: every pair of ranks up to (x, y) does, and there are (x+1)(y+1) ≥ K of them. Rounding
+// keeps that true.
+template <typename Shape>
+__device__ inline float lower_bound(const topk_task &a, const typename Shape::memory &m, int lane) {
+    float best = -INFINITY;
+    int most = min(a.K, a.n);
+#pragma unroll
+    for (int c = 0; c < (Shape::most + WARP - 1) / WARP && c < 2; c++) {
+        int x = c * WARP + lane;
+        int y = (int)__fdividef(a.K - 0.5f, x + 1.0f); // ⌈K / (x+1)⌉ − 1: K − ½ is no multiple of x + 1
+        if (x < most && y < a.n)
+            best = fmaxf(best, m.ranked[0][x] + m.ranked[1][y]);
+    }
+    return from_rising(warp_best(rising_plain(best)));
+}
+// [/bound]
+
+// ---- The threshold, where every sum is a number ----
+
+typedef struct {
+    float least; // at least this
+    int mine;    // so many of the lane's candidates,
+    int count;   // so many of the warp's
+} level;
+
+// [count]
+// How many of the lane's candidates reach two thresholds, the second count in the upper half.
+template <typename Shape>
+__device__ inline int count_two(const candidates<Shape> &list, const topk_task &a, const typename Shape::memory &m,
+                                float low, float high) {
+    float found = 0; // additions of floats keep out of the way of the comparisons: another pipe
+#pragma unroll(candidates <Shape>::unroll)
+    for (int c = 0; c < Shape::chunks; c++) {
+        float sum = list.sum(c, a, m);
+        if (sum >= low)
+            found += 1.0f;
+        if (sum >= high)
+            found += 65536.0f;
+    }
+    return (int)found;
+}
+// [/count]
+
+// [select]
+// A threshold that between K and `held` candidates reach, or none (false: ties, or infinities). Above the bound their
+// number falls about exponentially, so guesses are made on a line through its logarithm; 2.2·K reach the bound on
+// normal logits, so the first guess, counted together with the bound itself, aims a tenth of the way to the best sum.
+template <typename Shape>
+__device__ inline bool find_level(const candidates<Shape> &list, const topk_task &a, const typename Shape::memory &m,
+                                  float low, float high, level *found) {
+    float guess = low + 0.1f * (high - low), aim = __log2f(1.4f * a.K);
+    int mine = count_two(list, a, m, low, guess), count = warp_count(mine), mine_low = mine & 0xffff;
+    int count_low = count & 0xffff, count_high = 1;
+    mine >>= 16, count >>= 16;
+    for (int tries = 0; tries < 8; tries++) {
+        if (count >= a.K) {
+            low = guess;
+            mine_low = mine;
+            count_low = count;
+        } else {
+            high = guess;
+            count_high = max(count, 1);
+        }
+        *found = {low, mine_low, count_low};
+        if (count_low <= Shape::held)
+            return true;
+        float from = __log2f((float)count_low), to = __log2f((float)count_high);
+        guess = low + (high - low) * __fdividef(from - aim, from - to);
+        if (!(guess > low && guess < high))
+            return false;
+        mine = count_two(list, a, m, guess, INFINITY);
+        count = warp_count(mine);
+    }
+    return false;
+}
+// [/select]
+
+// [compact]
+// Moves what reaches the threshold to the front of shared memory: a prefix sum over the lanes' counts says where.
+template <typename Shape>
+__device__ inline void compact(const candidates<Shape> &list, const topk_task &a, typename Shape::memory &m, int lane,
+                               const level &found) {
+    int place = found.mine;
+#pragma unroll
+    for (int step = 1; step < WARP; step *= 2) {
+        int before = __shfl_up_sync(ALL_LANES, place, step);
+        place += lane >= step ? before : 0;
+    }
+    typename Shape::candidate *to = m.kept + place - found.mine;
+#pragma unroll(candidates <Shape>::unroll)
+    for (int c = 0; c < Shape::chunks; c++) {
+        float sum = list.sum(c, a, m);
+        if (sum >= found.least)
+            *to++ = {list.pair(c), sum};
+    }
+    __syncwarp();
+}
+// [/compact]
+
+// ---- The threshold of any token: NaN, infinities, any number of equal sums ----
+
+// What is kept: sums whose rising bits exceed `least`, or equal it with a pair not below `tie` (complemented).
+typedef struct {
+    uint32_t least, tie;
+} wide_level;
+
+template <typename Shape>
+__device__ inline bool reaches(const topk_task &a, const typename Shape::memory &m, int place,
+                               const wide_level &level) {
+    uint32_t pair = stairs.pair[place];
+    if (!exists<Shape>(a, place, pair))
+        return false;
+    uint32_t bits = rising_bits(sum_of<Shape>(m, pair));
+    return bits > level.least || (bits == level.least && (Shape::pair_mask ^ keys_of<Shape>(m, pair)) >= level.tie);
+}
+
+template <typename Shape>
+__device__ inline int count_wide(const topk_task &a, const typename Shape::memory &m, int lane,
+                                 const wide_level &level) {
+    int found = 0;
+#pragma unroll 1
+    for (int c = 0; c < Shape::chunks; c++)
+        found += reaches<Shape>(a, m, c * WARP + lane, level);
+    return warp_count(found);
+}
+
+// [select-wide]
+// Bit by bit from the top, first of the sum, then of the complemented pair: a bit stays set if K candidates still reach
+// the number. Ends as soon as no more than can be held do. Returns how many.
+template <typename Shape> __device__ inline int select_wide(const topk_task &a, typename Shape::memory &m, int lane) {
+    wide_level level = {0, 0};
+    int count = count_wide<Shape>(a, m, lane, level), place = 0;
+#pragma unroll 1
+    for (int bit = 31 + 2 * Shape::key_bits; bit >= 0 && count > Shape::held; bit--) {
+        wide_level trial = level;
+        if (bit >= 2 * Shape::key_bits)
+            trial.least |= 1u << (bit - 2 * Shape::key_bits);
+        else
+            trial.tie |= 1u << bit;
+        int reach = count_wide<Shape>(a, m, lane, trial);
+        if (reach >= a.K) {
+            level = trial;
+            count = reach;
+        }
+    }
+#pragma unroll 1
+    for (int c = 0; c < Shape::chunks; c++) {
+        bool kept = reaches<Shape>(a, m, c * WARP + lane, level);
+        uint32_t vote = __ballot_sync(ALL_LANES, kept), pair = stairs.pair[c * WARP + lane];
+        if (kept)
+            m.kept[place + __popc(vote & ((1u << lane) - 1))] = {pair, sum_of<Shape>(m, pair)};
+        place += __popc(vote);
+    }
+    __syncwarp();
+    return count;
+}
+// [/select-wide]
+
+#endif

@@ -1,0 +1,104 @@
+/* What sentences about the GPU are made of: calls that take host pointers and run on copies of the data on the device,
+ * each between guard bands, outputs and workspace poisoned; graphs and streams. */
+#ifndef CUDA_VALUES_H
+#define CUDA_VALUES_H
+
+#include "../chapters/device.h"
+#include "../cuda/fmoe_cuda.h"
+#include "../cuda/rungs.h"
+#include "values.h"
+
+/* A pointer of an arguments' struct: where it stands, what it points at. NULL stays NULL. */
+typedef struct {
+    const char *name;
+    size_t slot;
+    fmoe_dtype dtype;
+    fmoe_role role;
+    int64_t count;
+} tensor;
+#define TENSOR(args_type, field, dtype, role, count) ((tensor){#field, offsetof(args_type, field), dtype, role, count})
+
+/* The call, its `args` of host pointers replaced by device pointers, on a stream of its own; the outputs come back to
+ * the host's places. FMOE_BAD_WORKSPACE if a guard band or an input was written to. */
+fmoe_status run_on_device(fmoe_rung_fn *run, size_t workspace_bytes, const void *args, size_t args_size,
+                          const tensor *tensors, int num_tensors);
+
+/* The public functions of fmoe_cuda.h with host pointers and a workspace of the size they ask for. Tensors of a dtype
+ * are given in it. */
+fmoe_status gpu_log_softmax(int64_t rows, int64_t n, const float *logits, float *log_probs);
+fmoe_status gpu_log_softmax_backward(int64_t rows, int64_t n, const float *logits, const float *dlog_probs,
+                                     float *dlogits);
+fmoe_status gpu_topk(fmoe_dtype dtype, int64_t T, int64_t n, int64_t K, bool norm, const void *logits, int32_t *indices,
+                     float *scores, float *weights);
+/* In float32, as fmoe_topk_backward. What the call noted of bad indices is the status, if nothing else failed. */
+fmoe_status gpu_topk_backward(int64_t T, int64_t n, int64_t K, bool norm, const float *logits, const int32_t *indices,
+                              const float *dweights, const float *dscores, float *dlogits);
+
+typedef struct {
+    bool training;
+    int64_t T, d, n;
+    fmoe_dtype dtype;
+    const void *x, *gate;
+    float *running_mean, *running_var, *logits, *log_probs;
+} gpu_router_args;
+fmoe_status gpu_router(const gpu_router_args *args);
+
+typedef struct {
+    bool training;
+    int64_t T, d, n;
+    fmoe_dtype dtype, gradient_dtype;
+    const void *x, *gate;
+    const float *running_mean, *running_var, *dlogits;
+    fmoe_write write;
+    void *dx, *dgate;
+} gpu_router_backward_args;
+fmoe_status gpu_router_backward(const gpu_router_backward_args *args);
+
+/* Values as they are stored in a type; the caller frees. And the float32 values that these stand for. */
+void *stored(fmoe_dtype dtype, const float *values, int64_t count);
+float *rounded_to(fmoe_dtype dtype, const float *values, int64_t count);
+
+/* Every rung that supports the case, captured once in a CUDA graph and replayed twice with new data in the same places:
+ * HOLDS if what it writes is right. And two calls with different data that start together on two streams. */
+const char *rungs_replay(const fmoe_step *step, const fmoe_rung *rungs, uint64_t seed, const char *case_name);
+const char *rungs_side_by_side(const fmoe_step *step, const fmoe_rung *rungs, uint64_t seed, const char *case_name);
+
+/* For rungs made up by a test: queued on the stream. A NULL source fills with the byte. */
+fmoe_status queue_copy(void *to, const void *from, int byte, size_t bytes, void *stream);
+fmoe_status queue_sleep(int microseconds, void *stream); /* the stream waits that long */
+
+/* From the device's attributes: what its memory could move and its cores could multiply at most. */
+double peak_memory_gbs(void);
+double peak_fma_gflops(void);
+
+/* Without CUDA nobody calls these, and nobody defines them: a weak name need not be found. */
+#ifndef FMOE_WITH_CUDA
+#pragma weak run_on_device
+#pragma weak gpu_log_softmax
+#pragma weak gpu_log_softmax_backward
+#pragma weak gpu_topk
+#pragma weak gpu_topk_backward
+#pragma weak gpu_router
+#pragma weak gpu_router_backward
+#pragma weak stored
+#pragma weak rounded_to
+#pragma weak rungs_replay
+#pragma weak rungs_side_by_side
+#pragma weak queue_copy
+#pragma weak queue_sleep
+#pragma weak peak_memory_gbs
+#pragma weak peak_fma_gflops
+#pragma weak fmoe_cuda_check
+#pragma weak fmoe_cuda_router
+#pragma weak fmoe_cuda_router_workspace
+#pragma weak fmoe_cuda_router_backward
+#pragma weak fmoe_cuda_router_backward_workspace
+#pragma weak fmoe_cuda_log_softmax
+#pragma weak fmoe_cuda_log_softmax_backward
+#pragma weak fmoe_cuda_topk
+#pragma weak fmoe_cuda_topk_workspace
+#pragma weak fmoe_cuda_topk_backward
+#pragma weak fmoe_cuda_topk_backward_workspace
+#endif
+
+#endif

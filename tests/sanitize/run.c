@@ -1,0 +1,198 @@
+/* For compute-sanitizer: every CUDA rung and every public function once, on sizes that divide nothing. Each tensor is
+ * an allocation of its own, of exactly its size and not poisoned, so that the tools see the first byte beyond it and
+ * every value that nobody wrote.
+ *
+ * --plant TOOL runs a mistake instead, which that tool has to report. */
+#include "../../chapters/device.h"
+#include "../../chapters/program.h"
+#include "../../cuda/fmoe_cuda.h"
+#include "../../cuda/rungs.h"
+#include "faults.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+static int failures, runs;
+
+static void must(const char *what, const char *case_name, fmoe_status status) {
+    runs++;
+    if (status == FMOE_OK)
+        return;
+    printf("FAILED %s, %s: %s: %s\n", what, case_name, fmoe_status_name(status), fmoe_error_message());
+    failures++;
+}
+
+/* ---- Memory ------------------------------------------------------------------------------------------------------ */
+
+static void *allocations[64];
+static int num_allocations;
+
+static void *allocate(size_t bytes) {
+    void *memory = fmoe_device_allocate(bytes);
+    if (!memory) {
+        printf("%s\n", fmoe_error_message());
+        exit(1);
+    }
+    allocations[num_allocations++] = memory;
+    return memory;
+}
+
+static void *upload(const void *host, size_t bytes) {
+    void *memory = allocate(bytes);
+    if (fmoe_device_upload(memory, host, bytes) != FMOE_OK)
+        exit(1);
+    return memory;
+}
+
+static void free_all(void) {
+    while (num_allocations)
+        fmoe_device_free(allocations[--num_allocations]);
+}
+
+/* ---- The ladders ------------------------------------------------------------------------------------------------- */
+
+static const struct {
+    const fmoe_step *step;
+    const fmoe_rung *rungs;
+    const char *cases[5];
+} ladders[] = {
+    {&fmoe_step_router,
+     cuda_router_rungs,
+     {"T67-d40-n13-f32-train", "T67-d41-n13-bf16-train", "T130-d136-n130-f16", "T5-d7-n3-f32"}},
+    {&fmoe_step_topk,
+     cuda_topk_rungs,
+     {"T5-n7-K6-normal-f32", "T3-n128-K64-normal-bf16-norm", "T2-n70-K300-normal-f32", "T7-n40-K16-normal-f16"}},
+    {&fmoe_step_topk_backward,
+     cuda_topk_backward_rungs,
+     {"T5-n7-K6-normal-f32", "T3-n128-K64-normal-bf16-norm", "T2-n70-K300-normal-f32"}},
+};
+
+static fmoe_status run_rung(const fmoe_rung *rung, fmoe_problem *p, double *error, char *why) {
+    char args[512];
+    memcpy(args, p->args, p->step->args_size);
+    void *copies[FMOE_MAX_ARGUMENTS] = {NULL};
+    for (int i = 0; i < p->num_arguments; i++) {
+        const fmoe_argument *a = &p->arguments[i];
+        size_t bytes = (size_t)a->count * fmoe_dtype_size(a->dtype);
+        copies[i] =
+            a->role == ROLE_OUTPUT ? allocate(bytes) : upload(a->role == ROLE_INOUT ? a->pristine : a->data, bytes);
+        memcpy(args + a->slot, &copies[i], sizeof copies[i]);
+    }
+    size_t bytes = rung_workspace(rung, p);
+    fmoe_status status = rung->run(args, allocate(bytes), bytes, NULL);
+    for (int i = 0; i < p->num_arguments && status == FMOE_OK; i++) {
+        const fmoe_argument *a = &p->arguments[i];
+        if (a->role != ROLE_INPUT)
+            status = fmoe_device_download(a->data, copies[i], (size_t)a->count * fmoe_dtype_size(a->dtype));
+    }
+    if (status == FMOE_OK)
+        *error = fmoe_problem_error(p, why);
+    free_all();
+    return status;
+}
+
+static void run_ladder(const fmoe_step *step, const fmoe_rung *rungs, const char *name) {
+    fmoe_case c;
+    fmoe_problem p;
+    char why[256] = "";
+    fmoe_status status = fmoe_case_parse(name, &c);
+    if (status == FMOE_OK)
+        status = fmoe_problem_new(step, &c, 1, &p);
+    if (status != FMOE_OK) {
+        must(step->op, name, status);
+        return;
+    }
+    for (const fmoe_rung *rung = rungs; rung->run; rung++) {
+        double error = 0;
+        if (rung->library || rung_supports(rung, &p, why) != FMOE_OK)
+            continue;
+        must(rung->name, name, run_rung(rung, &p, &error, why));
+        if (!(error <= fmoe_error_limit(c.dtype))) {
+            printf("FAILED %s %s, %s: error %g: %s\n", step->op, rung->name, name, error, why);
+            failures++;
+        }
+    }
+    fmoe_problem_free(&p);
+}
+
+/* ---- The public functions ---------------------------------------------------------------------------------------- */
+
+enum { T = 37, D = 21, KEYS = 11, K = 9 };
+
+static float *drawn(int64_t count) {
+    static uint64_t stream;
+    float *values = malloc((size_t)count * sizeof *values);
+    if (!values)
+        exit(1);
+    fmoe_fill_normal(2, stream++, 1, count, values);
+    void *memory = upload(values, (size_t)count * sizeof *values);
+    free(values);
+    return memory;
+}
+
+static float *room(int64_t count) {
+    return allocate((size_t)count * sizeof(float));
+}
+
+static void run_softmax(void) {
+    float *z = drawn(2 * T * KEYS), *log_p = room(2 * T * KEYS), *dz = room(2 * T * KEYS);
+    must("log_softmax", "", fmoe_cuda_log_softmax(2 * T, KEYS, z, log_p, NULL));
+    must("log_softmax_backward", "", fmoe_cuda_log_softmax_backward(2 * T, KEYS, z, log_p, dz, NULL));
+    free_all();
+}
+
+static void run_router(bool training) {
+    size_t bytes = fmoe_cuda_router_workspace(training, T, D, KEYS, FMOE_F32);
+    float *x = drawn(T * D), *gate = drawn(2 * KEYS * D), *mean = drawn(D), ones[D], *logits = room(2 * T * KEYS);
+    for (int i = 0; i < D; i++)
+        ones[i] = 1;
+    float *var = upload(ones, sizeof ones);
+    must("router", "without log_probs",
+         fmoe_cuda_router(training, T, D, KEYS, FMOE_F32, x, gate, mean, var, logits, NULL, allocate(bytes), bytes,
+                          NULL));
+    bytes = fmoe_cuda_router_backward_workspace(training, T, D, KEYS, FMOE_F32);
+    float *dx = room(T * D), *dgate = room(2 * KEYS * D);
+    for (fmoe_write write = FMOE_OVERWRITE; write <= FMOE_ACCUMULATE; write++)
+        must("router_backward", training ? "training" : "evaluation",
+             fmoe_cuda_router_backward(training, T, D, KEYS, FMOE_F32, x, gate, mean, var, logits, write, FMOE_F32, dx,
+                                       dgate, allocate(bytes), bytes, NULL));
+    free_all();
+}
+
+static void run_topk(bool norm) {
+    size_t bytes = fmoe_cuda_topk_workspace(T, KEYS, K, FMOE_F32);
+    float *logits = drawn(2 * T * KEYS), *weights = room(T * K), *dlogits = room(2 * T * KEYS);
+    int32_t *indices = allocate(T * K * sizeof *indices), bad = KEYS * KEYS;
+    must("topk", "without scores",
+         fmoe_cuda_topk(T, KEYS, K, norm, FMOE_F32, logits, indices, NULL, weights, allocate(bytes), bytes, NULL));
+    must("topk_backward", "a bad index", fmoe_device_upload(indices + 3, &bad, sizeof bad));
+    bytes = fmoe_cuda_topk_backward_workspace(T, KEYS, K, FMOE_F32);
+    void *workspace = allocate(bytes);
+    must("topk_backward", "both gradients",
+         fmoe_cuda_topk_backward(T, KEYS, K, norm, FMOE_F32, logits, indices, weights, weights, dlogits, workspace,
+                                 bytes, NULL));
+    fmoe_status noted = fmoe_cuda_check(workspace, NULL);
+    must("check", "a bad index", noted == FMOE_BAD_INDEX ? FMOE_OK : noted ? noted : FMOE_BAD_INDEX);
+    free_all();
+}
+
+int main(int argc, char **argv) {
+    const fmoe_device *gpu = fmoe_device_get();
+    if (argc == 2 && strcmp(argv[1], "--device") == 0) { /* is there one? */
+        printf("%s\n", gpu->present ? gpu->name : gpu->why_not);
+        return !gpu->present;
+    }
+    if (argc == 3 && strcmp(argv[1], "--plant") == 0)
+        return run_fault(argv[2]);
+    for (size_t i = 0; i < sizeof ladders / sizeof ladders[0]; i++)
+        for (int c = 0; c < 5 && ladders[i].cases[c]; c++)
+            run_ladder(ladders[i].step, ladders[i].rungs, ladders[i].cases[c]);
+    run_softmax();
+    for (int flag = 0; flag < 2; flag++) {
+        run_router(flag);
+        run_topk(flag);
+    }
+    printf("%d calls\n", runs);
+    return failures != 0;
+}
