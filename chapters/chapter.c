@@ -311,7 +311,7 @@ static int climb_ladder(const fmoe_chapter *chapter, const fmoe_ladder *ladder) 
     if (!any_chosen(ladder))
         return 0;
     const char *const *cases = fmoe_opt.quick && ladder->quick_cases ? ladder->quick_cases : ladder->cases;
-    if (opt_more.num_cases)
+    if (opt_more.num_cases && (ladder->cases || climbs_gpu(ladder)))
         cases = opt_more.cases; /* ended by NULL: one more place than --case fills */
     int status = climb_cases(chapter, ladder, cases, false);
     if (!status && !opt_more.num_cases && !fmoe_opt.quick && climbs_gpu(ladder))

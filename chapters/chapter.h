@@ -176,7 +176,8 @@ fmoe_status fmoe_rung_check(const fmoe_rung *rung, fmoe_problem *p, double *erro
 typedef struct {
     const fmoe_step *step;
     const fmoe_rung *rungs;         /* on the CPU, ended by a rung whose run is NULL */
-    const char *const *cases;       /* default cases, ended by NULL; about ten seconds for all of a chapter's */
+    const char *const *cases;       /* default cases, ended by NULL; about ten seconds for all of a chapter's. Without
+                                       any, the ladder is climbed only where there is a GPU */
     const char *const *quick_cases; /* --quick; about three seconds */
     const fmoe_rung *cuda; /* optional: on the GPU, ended like rungs; climbed after them where there is a device */
     const char *const

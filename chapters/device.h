@@ -1,5 +1,6 @@
 /* The GPU as the chapters and the tests see it: which one there is, a problem's copy on it, and timing by events. Plain
- * C on the CUDA runtime; without nvcc (FMOE_WITH_CUDA undefined) no device is ever present and the rest is never called. */
+ * C on the CUDA runtime; without nvcc (FMOE_WITH_CUDA undefined) no device is ever present and the rest is never
+ * called. */
 #ifndef FMOE_CHAPTERS_DEVICE_H
 #define FMOE_CHAPTERS_DEVICE_H
 

@@ -185,22 +185,34 @@ const fmoe_ceilings *fmoe_machine_ceilings(void) {
 }
 
 #ifdef FMOE_WITH_CUDA
+static fmoe_ceilings gpu;
+
+static void name_gpu(void) {
+    gpu = (fmoe_ceilings){0};
+    snprintf(gpu.device, sizeof gpu.device, "%s", fmoe_device_get()->name);
+    snprintf(gpu.slug, sizeof gpu.slug, "%s", fmoe_device_get()->slug);
+}
+
+fmoe_status machine_measure_gpu_again(ceiling_list *list) {
+    name_gpu();
+    list->count = 0;
+    fmoe_status status = cuda_ceilings_measure(list);
+    set_ceilings(list, &gpu);
+    if (status == FMOE_OK)
+        cache_write(&gpu);
+    return status;
+}
+
 const fmoe_ceilings *fmoe_device_ceilings(void) {
-    static fmoe_ceilings gpu;
-    const fmoe_device *device = fmoe_device_get();
-    if (gpu.copy_gbs > 0 || !device->present)
+    ceiling_list list;
+    if (gpu.copy_gbs > 0 || !fmoe_device_get()->present)
         return &gpu;
-    snprintf(gpu.device, sizeof gpu.device, "%s", device->name);
-    snprintf(gpu.slug, sizeof gpu.slug, "%s", device->slug);
-    ceiling_list list = {0};
-    if (cache_read(&gpu))
-        return &gpu;
-    gpu.num_gather = 0;
-    fmoe_progress("measuring the GPU's ceilings");
-    cuda_ceilings_measure(&list);
-    fmoe_progress("%s", "");
-    set_ceilings(&list, &gpu);
-    cache_write(&gpu);
+    name_gpu();
+    if (!cache_read(&gpu)) {
+        fmoe_progress("measuring the GPU's ceilings");
+        machine_measure_gpu_again(&list);
+        fmoe_progress("%s", "");
+    }
     return &gpu;
 }
 #endif

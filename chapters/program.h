@@ -48,6 +48,9 @@ void ceilings_measure(ceiling_list *list);
 /* machine.c */
 /* fmoe_machine_ceilings without the cached file; the list receives what was measured. */
 const fmoe_ceilings *machine_measure_again(ceiling_list *list);
+/* The same for the GPU, where there is one. What could not be measured is left out of the list, and nothing is cached.
+ */
+fmoe_status machine_measure_gpu_again(ceiling_list *list);
 const char *machine_device(void); /* "AMD EPYC (2 threads)", without measuring anything */
 const char *machine_slug(void);   /* the folder of this machine's records: "amd-epyc-2t"; with a GPU "nvidia-h200" */
 void machine_clocks(char *text, size_t size); /* "2600 to 3700 MHz" as the system reports them now */

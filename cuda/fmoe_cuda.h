@@ -78,6 +78,28 @@ fmoe_status fmoe_cuda_topk_backward(int64_t T, int64_t n, int64_t K, bool norm_t
                                     void *stream);
 size_t fmoe_cuda_topk_backward_workspace(int64_t T, int64_t n, int64_t K, fmoe_dtype dtype);
 
+/* ---- Step: schedule (chapter 4) ---------------------------------------------------------------------------------- */
+
+#define FMOE_CUDA_MAX_EXPERTS (1 << 22)
+
+/* Expert-major order of the T·K pairs: offsets [N+1], pairs [T·K], rising within an expert. indices [T, K]: repeated
+ * ones included. Notes bad indices: such a pair is in no expert's list, offsets[N] counts the good ones, and pairs from
+ * there on are -1. N ≤ FMOE_CUDA_MAX_EXPERTS. */
+fmoe_status fmoe_cuda_schedule(int64_t T, int64_t K, int64_t N, const int32_t *indices, int32_t *offsets,
+                               int32_t *pairs, void *workspace, size_t workspace_bytes, void *stream);
+size_t fmoe_cuda_schedule_workspace(int64_t T, int64_t K, int64_t N);
+
+/* ---- Step: expert (chapters 1 and 5) ----------------------------------------------------------------------------- */
+
+/* y_t = Σ_k silu(⟨x_t, down[e]⟩) · g · up[e] with e = indices[t, k], g = weights[t, k]; repeated indices and negative
+ * weights are fine; 1 ≤ K ≤ N. Notes bad indices; their terms are left out.
+ * x [T, d], down, up [N, d], y [T, d] of dtype; indices, weights [T, K]; pre_activations [T, K] (optional):
+ * ⟨x_t, down[e]⟩, 0 for a bad index. Fastest where a row is a multiple of 16 bytes. */
+fmoe_status fmoe_cuda_expert(int64_t T, int64_t d, int64_t N, int64_t K, fmoe_dtype dtype, const void *x,
+                             const void *down, const void *up, const int32_t *indices, const float *weights, void *y,
+                             float *pre_activations, void *workspace, size_t workspace_bytes, void *stream);
+size_t fmoe_cuda_expert_workspace(int64_t T, int64_t d, int64_t N, int64_t K, fmoe_dtype dtype);
+
 #ifdef __cplusplus
 }
 #endif

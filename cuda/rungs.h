@@ -21,7 +21,8 @@ extern "C" {
 fmoe_rung_fn cuda_not_built;
 
 /* Each ended by a rung whose run is NULL. */
-extern const fmoe_rung cuda_router_rungs[], cuda_topk_rungs[], cuda_topk_backward_rungs[];
+extern const fmoe_rung cuda_expert_token_rungs[], cuda_router_rungs[], cuda_topk_rungs[], cuda_schedule_rungs[],
+    cuda_expert_scheduled_rungs[], cuda_topk_backward_rungs[];
 
 #ifdef __cplusplus
 }

@@ -31,11 +31,7 @@ template <typename E> __device__ inline void load_right(unsigned (&parts)[4], co
 // ---- Host: a matrix [rows, columns] of 16-bit elements for copy_box, in boxes of box_rows × 64
 // ----------------------
 
-// The copy engine wants rows that start at multiples of 16 bytes.
-static inline bool fits_copy_engine(int64_t rows, int64_t columns) {
-    return columns % 8 == 0 && rows <= INT32_MAX && columns <= INT32_MAX;
-}
-
+// The copy engine wants rows that start at multiples of 16 bytes, so columns is a multiple of 8.
 // cuTensorMapEncodeTiled belongs to the driver, which the program is not linked with: the runtime knows where it is.
 typedef CUresult encode_tensor_map_fn(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *,
                                       const cuuint64_t *, const cuuint32_t *, const cuuint32_t *, CUtensorMapInterleave,

@@ -29,6 +29,9 @@ for n in 0 1 2 3 4 5 6 7 8 9; do
         esac
     fi
     csv=$(with_gpu $n)
+    if [ -n "$csv" ] && [ $n = 0 ]; then
+        draw gather "$csv" plots/chapter0-gpu-gather.svg "$title"
+    fi
     if [ -n "$csv" ] && [ $n != 0 ]; then
         awk -f plots/with_peers.awk "$(dirname "$csv")/peers.csv" "$csv" >"$joined"
         draw ladder "$joined" "plots/chapter$n-gpu.svg" "$title"

@@ -197,6 +197,23 @@ def ceilings():
     put(f"{rows[0]['device']}, {rows[0]['date']} ({link(path)}):\n\n" + "\n".join(lines))
 
 
+def gpu_ceilings():
+    """Chapter 0's rates on the first machine with a GPU: the fastest run, and the median beside it."""
+    path, rows = recorded_gpu(0)
+    rows = [row for row in rows if row["backend"] == "cuda" and row["op"] != "timing"]
+    if not rows:
+        put("*No ceilings of a GPU are recorded yet; `make ceilings` measures them.*")
+        return
+    lines = ["| what | case | fastest run | median | |", "| --- | --- | --: | --: | --- |"]
+    for row in rows:
+        times = number(row["min_ms"]), number(row["median_ms"])
+        work = number(row["bytes"]) or number(row["flops"])
+        unit = "TB/s" if number(row["bytes"]) else "TFLOP/s" if work else "µs"
+        cells = [digits(work / ms * 1e-9 if work else ms * 1e3) for ms in times]
+        lines.append(f"| {row['op']} | {row['case'].strip('-')} | {cells[0]} | {cells[1]} | {unit} |")
+    put(f"{rows[0]['device']}, {rows[0]['date']} ({link(path)}):\n\n" + "\n".join(lines))
+
+
 def comparison():
     """What `make compare` recorded: our best rung of each operator beside the students' and the library's."""
     path = next(iter(sorted(ROOT.glob("plots/data/*/compare.csv"))), None)
@@ -222,6 +239,36 @@ def comparison():
             )
     where = f"{comments.get('device', 'unknown')}, {comments.get('date', 'unknown')}, {comments.get('versions', '')}"
     put("\n".join(text) + f"\n\n{where} ({link(path.relative_to(ROOT))}).")
+
+
+def headline():
+    """On the GPU: the best rung of each operator at the cases that others were measured at, beside the best of these."""
+    lines = ["| operator | case | ours (ms) | rung | best other (ms) | who | ratio |", "| --- | --- | --: | --- | --: | --- | --: |"]
+    where, seen = "", set()
+    for chapter in (3, 5, 1, 2):
+        path, rows = recorded_gpu(chapter)
+        if not rows:
+            continue
+        peers = read_rows(ROOT / path.parent / "peers.csv")
+        rows = [row for row in rows if row["backend"] == "cuda" and number(row["median_ms"])]
+        where = f"{rows[0]['device']}, {rows[0]['date']}; the others 2026-11-23 on the same kind of GPU, as recorded"
+        for key in dict.fromkeys((row["op"], row["case"]) for row in rows):
+            here = [row for row in rows if (row["op"], row["case"]) == key]
+            others = [row for row in peers if (row["op"], row["case"]) == key]
+            if not others or key in seen:
+                continue
+            seen.add(key)
+            ours = min(here, key=lambda row: number(row["median_ms"]))
+            other = min(others, key=lambda row: number(row["median_ms"]))
+            times = number(ours["median_ms"]), number(other["median_ms"])
+            lines.append(
+                f"| {key[0]} | `{key[1]}` | {digits(times[0])} | chapter {chapter}, {ours['variant']} "
+                f"| {digits(times[1])} | {other['variant']} | {digits(times[1] / times[0], 2)} |"
+            )
+    if not seen:
+        put("*No GPU figures are recorded yet.*")
+        return
+    put("\n".join(lines) + f"\n\n{where}.")
 
 
 # ---- Make targets ---------------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ static fmoe_status copy_draw(fmoe_problem *p) {
         return FMOE_OUT_OF_MEMORY;
     fmoe_fill_normal(p->seed, 1, 1, a->T, x->data);
     fmoe_fill_normal(p->seed, 2, 1, a->T, last->data);
+    ((float *)x->data)[0] = 0; /* what a workspace of zeros would give */
     return FMOE_OK;
 }
 
@@ -62,9 +63,9 @@ static fmoe_status unwritten_last(const copy_args *a, char *workspace, void *str
     (void)workspace;
     return queue_copy(a->y + ELEMENTS - 1, NULL, 0xff, sizeof(float), stream);
 }
-static fmoe_status zero_first(const copy_args *a, char *workspace, void *stream) {
+static fmoe_status zero_second(const copy_args *a, char *workspace, void *stream) {
     (void)workspace;
-    return queue_copy(a->last, NULL, 0, sizeof(float), stream);
+    return queue_copy(a->last + 1, NULL, 0, sizeof(float), stream);
 }
 static fmoe_status wrong_integer(const copy_args *a, char *workspace, void *stream) {
     (void)workspace;
@@ -133,7 +134,7 @@ CUDA_SENTENCE(0, 23,
     } wrong[] = {
         {idle_run, none, FMOE_OK, "writes nothing", "y[0]"},
         {copy_run, unwritten_last, FMOE_OK, "leaves the last element", "y[99]"},
-        {copy_run, zero_first, FMOE_OK, "moves an in-out argument wrongly", "last[0]"},
+        {copy_run, zero_second, FMOE_OK, "moves an in-out argument wrongly", "last[1]"},
         {copy_run, wrong_integer, FMOE_OK, "has one wrong integer", "count[0] is 16843010 and should be 16843009"},
         {copy_run, counts_on_zeros, FMOE_OK, "counts on a zeroed workspace", "y[0]"},
         {copy_run, beyond_output, FMOE_BAD_WORKSPACE, "writes beyond an output", "beyond y, 1 bytes"},

@@ -71,6 +71,11 @@ fmoe_status run_on_device(fmoe_rung_fn *run, size_t workspace_bytes, const void 
     return run_and_ask(run, workspace_bytes, args, args_size, tensors, num_tensors, NULL);
 }
 
+fmoe_status run_and_check(fmoe_rung_fn *run, size_t workspace_bytes, const void *args, size_t args_size,
+                          const tensor *tensors, int num_tensors) {
+    return run_and_ask(run, workspace_bytes, args, args_size, tensors, num_tensors, fmoe_cuda_check);
+}
+
 #define COUNT(array) ((int)(sizeof(array) / sizeof(array)[0]))
 
 /* ---- The public functions ---------------------------------------------------------------------------------------- */
@@ -149,7 +154,7 @@ fmoe_status gpu_topk_backward(int64_t T, int64_t n, int64_t K, bool norm, const 
                               TENSOR(topk_backward_args, dscores, FMOE_F32, ROLE_INPUT, T * K),
                               TENSOR(topk_backward_args, dlogits, FMOE_F32, ROLE_OUTPUT, 2 * T * n)};
     size_t bytes = fmoe_cuda_topk_backward_workspace(T, n, K, FMOE_F32);
-    return run_and_ask(run_topk_backward, bytes, &args, sizeof args, tensors, COUNT(tensors), fmoe_cuda_check);
+    return run_and_check(run_topk_backward, bytes, &args, sizeof args, tensors, COUNT(tensors));
 }
 
 static fmoe_status run_router(const void *args, void *workspace, size_t bytes, void *stream) {
@@ -191,6 +196,64 @@ fmoe_status gpu_router_backward(const gpu_router_backward_args *args) {
     };
     size_t bytes = fmoe_cuda_router_backward_workspace(args->training, T, d, n, args->dtype);
     return run_on_device(run_router_backward, bytes, args, sizeof *args, tensors, COUNT(tensors));
+}
+
+static fmoe_status run_schedule(const void *args, void *workspace, size_t bytes, void *stream) {
+    const fmoe_schedule_args *a = args;
+    return fmoe_cuda_schedule(a->T, a->K, a->N, a->indices, a->offsets, a->pairs, workspace, bytes, stream);
+}
+
+fmoe_status schedule_by(const fmoe_rung *rung, const fmoe_schedule_args *args) {
+    const tensor tensors[] = {TENSOR(fmoe_schedule_args, indices, FMOE_I32, ROLE_INPUT, args->T * args->K),
+                              TENSOR(fmoe_schedule_args, offsets, FMOE_I32, ROLE_OUTPUT, args->N + 1),
+                              TENSOR(fmoe_schedule_args, pairs, FMOE_I32, ROLE_OUTPUT, args->T * args->K)};
+    if (!rung->run)
+        return run_and_check(run_schedule, fmoe_cuda_schedule_workspace(args->T, args->K, args->N), args, sizeof *args,
+                             tensors, COUNT(tensors));
+    if ((int)rung->level > fmoe_device_get()->level || (rung->supports && !rung->supports(args)))
+        return FMOE_UNSUPPORTED;
+    return run_and_check(rung->run, rung->workspace(args), args, sizeof *args, tensors, COUNT(tensors));
+}
+
+fmoe_status gpu_schedule(const fmoe_schedule_args *args) {
+    const fmoe_rung none = {.run = NULL};
+    return schedule_by(&none, args);
+}
+
+typedef struct {
+    fmoe_expert_args step;
+    float *pre_activations;
+} expert_args;
+
+static fmoe_status run_expert(const void *args, void *workspace, size_t bytes, void *stream) {
+    const expert_args *e = args;
+    const fmoe_expert_args *a = &e->step;
+    return fmoe_cuda_expert(a->T, a->d, a->N, a->K, a->dtype, a->x, a->down, a->up, a->indices, a->weights, a->y,
+                            e->pre_activations, workspace, bytes, stream);
+}
+
+fmoe_status expert_by(const fmoe_rung *rung, const fmoe_expert_args *a, float *pre_activations) {
+    expert_args args = {*a, pre_activations};
+    int64_t pairs = a->T * a->K;
+    const tensor tensors[] = {TENSOR(expert_args, step.x, a->dtype, ROLE_INPUT, a->T * a->d),
+                              TENSOR(expert_args, step.down, a->dtype, ROLE_INPUT, a->N * a->d),
+                              TENSOR(expert_args, step.up, a->dtype, ROLE_INPUT, a->N * a->d),
+                              TENSOR(expert_args, step.indices, FMOE_I32, ROLE_INPUT, pairs),
+                              TENSOR(expert_args, step.weights, FMOE_F32, ROLE_INPUT, pairs),
+                              TENSOR(expert_args, step.y, a->dtype, ROLE_OUTPUT, a->T * a->d),
+                              TENSOR(expert_args, pre_activations, FMOE_F32, ROLE_OUTPUT, pairs)};
+    if (!rung->run)
+        return run_and_check(run_expert, fmoe_cuda_expert_workspace(a->T, a->d, a->N, a->K, a->dtype), &args,
+                             sizeof args, tensors, COUNT(tensors));
+    if ((int)rung->level > fmoe_device_get()->level || (rung->supports && !rung->supports(a)))
+        return FMOE_UNSUPPORTED;
+    /* A rung sees the step's arguments, which come first; it writes no pre-activations. */
+    return run_and_check(rung->run, rung->workspace(a), &args, sizeof args, tensors, COUNT(tensors) - 1);
+}
+
+fmoe_status gpu_expert(const fmoe_expert_args *args, float *pre_activations) {
+    const fmoe_rung none = {.run = NULL};
+    return expert_by(&none, args, pre_activations);
 }
 
 /* ---- Queued work ------------------------------------------------------------------------------------------------- */
@@ -285,7 +348,7 @@ static const char *each_pair(const fmoe_step *step, const fmoe_rung *rungs, uint
         char why[256];
         for (int i = 0; i < 2; i++)
             c.p[i] = new_problem(step, seed + (uint64_t)i, "%s", name);
-        if (rung_supports(rung, &c.p[0], why) != FMOE_OK)
+        if (rung->library || rung_supports(rung, &c.p[0], why) != FMOE_OK) /* a library has state of its own */
             continue;
         for (int i = 0; i < 2; i++)
             CALL(fmoe_device_problem_new(&c.p[i], rung_workspace(rung, &c.p[i]), &c.d[i]));

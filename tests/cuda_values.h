@@ -23,6 +23,10 @@ typedef struct {
 fmoe_status run_on_device(fmoe_rung_fn *run, size_t workspace_bytes, const void *args, size_t args_size,
                           const tensor *tensors, int num_tensors);
 
+/* The same for a call that notes bad indices: what fmoe_cuda_check says of its workspace, if nothing else failed. */
+fmoe_status run_and_check(fmoe_rung_fn *run, size_t workspace_bytes, const void *args, size_t args_size,
+                          const tensor *tensors, int num_tensors);
+
 /* The public functions of fmoe_cuda.h with host pointers and a workspace of the size they ask for. Tensors of a dtype
  * are given in it. */
 fmoe_status gpu_log_softmax(int64_t rows, int64_t n, const float *logits, float *log_probs);
@@ -54,12 +58,20 @@ typedef struct {
 } gpu_router_backward_args;
 fmoe_status gpu_router_backward(const gpu_router_backward_args *args);
 
+/* With pre_activations, which a rung's arguments have no place for. */
+fmoe_status gpu_schedule(const fmoe_schedule_args *args);
+fmoe_status gpu_expert(const fmoe_expert_args *args, float *pre_activations);
+/* A rung in their place, if it has a run. Notes are checked too. */
+fmoe_status schedule_by(const fmoe_rung *rung, const fmoe_schedule_args *args);
+fmoe_status expert_by(const fmoe_rung *rung, const fmoe_expert_args *args, float *pre_activations);
+
 /* Values as they are stored in a type; the caller frees. And the float32 values that these stand for. */
 void *stored(fmoe_dtype dtype, const float *values, int64_t count);
 float *rounded_to(fmoe_dtype dtype, const float *values, int64_t count);
 
-/* Every rung that supports the case, captured once in a CUDA graph and replayed twice with new data in the same places:
- * HOLDS if what it writes is right. And two calls with different data that start together on two streams. */
+/* Every rung that supports the case but a vendor's library, captured once in a CUDA graph and replayed twice with new
+ * data in the same places: HOLDS if what it writes is right. And two calls with different data that start together on
+ * two streams. */
 const char *rungs_replay(const fmoe_step *step, const fmoe_rung *rungs, uint64_t seed, const char *case_name);
 const char *rungs_side_by_side(const fmoe_step *step, const fmoe_rung *rungs, uint64_t seed, const char *case_name);
 
@@ -74,6 +86,11 @@ double peak_fma_gflops(void);
 /* Without CUDA nobody calls these, and nobody defines them: a weak name need not be found. */
 #ifndef FMOE_WITH_CUDA
 #pragma weak run_on_device
+#pragma weak run_and_check
+#pragma weak gpu_schedule
+#pragma weak gpu_expert
+#pragma weak schedule_by
+#pragma weak expert_by
 #pragma weak gpu_log_softmax
 #pragma weak gpu_log_softmax_backward
 #pragma weak gpu_topk
@@ -95,6 +112,10 @@ double peak_fma_gflops(void);
 #pragma weak fmoe_cuda_router_backward_workspace
 #pragma weak fmoe_cuda_log_softmax
 #pragma weak fmoe_cuda_log_softmax_backward
+#pragma weak fmoe_cuda_schedule
+#pragma weak fmoe_cuda_schedule_workspace
+#pragma weak fmoe_cuda_expert
+#pragma weak fmoe_cuda_expert_workspace
 #pragma weak fmoe_cuda_topk
 #pragma weak fmoe_cuda_topk_workspace
 #pragma weak fmoe_cuda_topk_backward

@@ -1,7 +1,8 @@
 /* Chapters 1 and 5: the expert step, token by token and along a schedule, and both ladders. */
-#include "values.h"
+#include "cuda_values.h"
 
 #include <math.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -653,4 +654,263 @@ static const char *small5(const int64_t *size, uint64_t seed) {
 SENTENCE(5, 9, "Chapter 5's best rung needs less memory than its inputs and outputs.",
          "a schedule is two numbers a pair, as the routing itself is", "the sum of the tensors' sizes") {
     for_sizes("T d N K dtype", small5, MEMORY_SIZES);
+}
+
+/* ---- On the GPU: both ladders ------------------------------------------------------------------------------------ */
+
+/* The ladder that the properties below hold to account, set by the sentence. */
+static const fmoe_rung *gpu_ladder;
+
+static const char *const gpu_routings[] = {"uniform", "hot", "normal", "trained"};
+
+static const char *gpu_agrees(const int64_t *size, uint64_t seed) {
+    return ladder_agrees(gpu_ladder, size, gpu_routings[size[5]], seed);
+}
+
+/* d 1, 7, 72 and 1,024, and around the widths of loads and slices; K = N; most experts empty; one expert for all. */
+#define GPU_SIZES                                                                                                      \
+    SIZES({0, 3, 2, 1, 0, 0}, {1, 1, 1, 1, 0, 0}, {5, 1, 9, 7, 1, 0}, {3, 7, 4, 4, 2, 0}, {29, 72, 50, 9, 0, 0},       \
+          {29, 72, 50, 9, 1, 0}, {29, 72, 50, 9, 2, 0}, {7, 1024, 33, 16, 0, 0}, {7, 1024, 33, 17, 1, 1},              \
+          {33, 1024, 100, 33, 2, 0}, {101, 64, 16, 16, 2, 0}, {301, 33, 7, 3, 0, 1}, {3, 130, 4096, 5, 0, 0},          \
+          {3, 200, 600, 520, 1, 0}, {13, 20, 40, 1, 0, 1}, {700, 8, 40, 1, 0, 1}, {9, 7, 16, 16, 0, 2},                \
+          {31, 40, 169, 12, 1, 2}, {31, 256, 169, 9, 2, 2}, {17, 12, 16384, 64, 0, 3}, {65, 8, 16384, 65, 2, 3},       \
+          {5, 1025, 20, 6, 2, 0}, {5, 2048, 20, 6, 2, 0}, {3, 2056, 20, 6, 1, 0}, {1025, 16, 300, 2, 2, 0})
+
+static const char *gpu_repeats(const int64_t *size, uint64_t seed) {
+    return ladder_repeats(gpu_ladder, size, gpu_routings[size[5]], seed);
+}
+
+#define GPU_REPEAT_SIZES                                                                                               \
+    SIZES({1, 1, 1, 1, 0, 0}, {29, 72, 50, 9, 0, 0}, {29, 71, 50, 17, 1, 1}, {131, 130, 64, 33, 2, 0},                 \
+          {700, 8, 40, 1, 0, 1}, {1001, 256, 600, 8, 2, 0}, {300, 1024, 1024, 16, 2, 2})
+
+static void gpu_depends_on_arguments_alone(void) {
+    static const char *const cases[] = {"T29-d72-N50-K9-uniform-f32", "T300-d256-N1024-K16-normal-bf16",
+                                        "T200-d1024-N600-K8-hot-f16"};
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        const char *wrong = rungs_replay(&fmoe_step_expert, gpu_ladder, fresh_seed(), cases[i]);
+        expect(wrong == HOLDS, "%s: %s", cases[i], wrong);
+        wrong = rungs_side_by_side(&fmoe_step_expert, gpu_ladder, fresh_seed(), cases[i]);
+        expect(wrong == HOLDS, "%s: %s", cases[i], wrong);
+    }
+}
+
+static const char *gpu_name(const fmoe_rung *rung) {
+    return rung->run ? rung->name : "fmoe_cuda_expert";
+}
+
+static fmoe_status expert_on_gpu(const fmoe_rung *rung, const expert *m, float *y, float *pre_activations) {
+    fmoe_expert_args args = {.T = m->T,
+                             .d = m->d,
+                             .N = m->N,
+                             .K = m->K,
+                             .x = m->x,
+                             .down = m->down,
+                             .up = m->up,
+                             .indices = m->indices,
+                             .weights = m->weights,
+                             .y = y};
+    return expert_by(rung, &args, pre_activations);
+}
+
+/* ‖y − expected‖ within float32's limit of the terms summed, and pre-activations, where there are any, of ‖x‖ ‖down‖.
+ */
+static const char *gpu_close(const fmoe_rung *rung, const expert *m, double scale, const float *y,
+                             const float *expected, const float *pre, const float *expected_pre) {
+    double off = 0, off_pre = 0, terms = 0;
+    for (int64_t i = 0; i < m->T * m->d; i++) {
+        off += pow((double)y[i] - expected[i], 2);
+        terms += (double)m->x[i] * m->x[i];
+    }
+    for (int64_t i = 0; i < m->T * m->K && pre; i++)
+        off_pre += pow((double)pre[i] - expected_pre[i], 2);
+    double limit = fmoe_error_limit(FMOE_F32);
+    if (!(sqrt(off) <= limit * scale))
+        return because("%s: y is off by %.3g of its terms' norm %.3g", gpu_name(rung), sqrt(off) / scale, scale);
+    if (!(sqrt(off_pre) <= limit * sqrt((double)m->K * terms)))
+        return because("%s: the pre-activations are off by %.3g", gpu_name(rung), sqrt(off_pre));
+    return HOLDS;
+}
+
+/* Repeated indices, weights of either sign; then some indices that are none, and a token of NaNs. */
+static const char *gpu_any_indices(const int64_t *size, uint64_t seed) {
+    if (size[3] > size[2])
+        return DOES_NOT_APPLY;
+    expert m EXPERT = expert_of(size, seed);
+    float *expected_pre OWNED = floats(m.T * m.K), *expected OWNED = run(&m, expected_pre);
+    float *y OWNED = floats(m.T * m.d), *pre OWNED = floats(m.T * m.K), *only OWNED = floats(m.T * m.d);
+    double scale = scale_of(&m);
+    for (const fmoe_rung *rung = gpu_ladder;; rung++) {
+        fmoe_status status = expert_on_gpu(rung, &m, y, pre);
+        if (status != FMOE_UNSUPPORTED) {
+            CALL(status);
+            CHECK(gpu_close(rung, &m, scale, y, expected, rung->run ? NULL : pre, expected_pre));
+        }
+        if (!rung->run)
+            break;
+    }
+    const fmoe_rung public = {.run = NULL};
+    CALL(expert_on_gpu(&public, &m, only, NULL));
+    return same_bits(only, y, m.T * m.d) ? HOLDS : because("without pre-activations y has other bits");
+}
+
+static const char *gpu_bad_experts(const int64_t *size, uint64_t seed) {
+    int64_t bad = size[4], first = -1;
+    if (size[3] > size[2])
+        return DOES_NOT_APPLY;
+    expert m EXPERT = expert_of(size, seed), good EXPERT = expert_of(size, seed);
+    int64_t pairs = m.T * m.K;
+    const int32_t wrong[] = {-1, (int32_t)m.N, INT32_MIN, INT32_MAX};
+    for (int64_t i = 0; i < bad; i++) {
+        int64_t at = (int64_t)(fmoe_random_bits(seed, 30, (uint64_t)i) % (uint64_t)pairs);
+        m.indices[at] = wrong[i % 4];
+        good.weights[at] = 0;
+        first = first < 0 || at < first ? at : first;
+    }
+    float *expected_pre OWNED = floats(pairs), *expected OWNED = run(&good, expected_pre);
+    for (int64_t i = 0; i < pairs; i++)
+        if (m.indices[i] < 0 || m.indices[i] >= m.N)
+            expected_pre[i] = 0;
+    char note[96] = "";
+    if (bad && m.K > 0)
+        snprintf(note, sizeof note, "indices[%d, %d] = %d is outside [0, num_experts = %d)", (int)(first / m.K),
+                 (int)(first % m.K), m.indices[first], (int)m.N);
+    float *y OWNED = floats(m.T * m.d), *pre OWNED = floats(pairs);
+    double scale = scale_of(&good) + 1e-30;
+    for (const fmoe_rung *rung = gpu_ladder;; rung++) {
+        fmoe_status status = expert_on_gpu(rung, &m, y, pre);
+        if (status != FMOE_UNSUPPORTED) {
+            if (status != (bad ? FMOE_BAD_INDEX : FMOE_OK) || (bad && strcmp(fmoe_error_message(), note) != 0))
+                return because("%s: %s, \"%s\", should be \"%s\"", gpu_name(rung), fmoe_status_name(status),
+                               fmoe_error_message(), note);
+            CHECK(gpu_close(rung, &m, scale, y, expected, rung->run ? NULL : pre, expected_pre));
+        }
+        if (!rung->run)
+            return HOLDS;
+    }
+}
+
+#define ANY_SIZES                                                                                                      \
+    SIZES({1, 1, 1, 1}, {5, 7, 4, 4}, {29, 72, 17, 9}, {33, 64, 300, 33}, {7, 1024, 40, 40}, {65, 130, 9, 5},          \
+          {300, 16, 2, 2})
+#define BAD_SIZES                                                                                                      \
+    SIZES({1, 1, 1, 1, 1}, {5, 7, 4, 4, 0}, {29, 72, 17, 9, 1}, {29, 72, 17, 9, 60}, {33, 64, 300, 33, 7},             \
+          {7, 1024, 40, 40, 3}, {300, 16, 2, 2, 5})
+
+CUDA_SENTENCE(1, 15,
+              "Every GPU rung of chapter 1 computes the reference's output, for any sizes, routing and storage type.",
+              "a row that fills no load of 16 bytes, a token that fills no block, must not show",
+              "fmoe_expert; NaN in outputs and workspace before, guard bands after") {
+    gpu_ladder = cuda_expert_token_rungs;
+    for_sizes("T d N K dtype routing", gpu_agrees, GPU_SIZES);
+    for_random_sizes("T d N K dtype routing", gpu_agrees, 60, (int64_t[]){1, 1, 1, 1, 0, 0},
+                     (int64_t[]){100, 300, 100, 40, 2, 1});
+}
+
+CUDA_SENTENCE(
+    1, 16, "On the GPU indices may repeat, weights be negative, and the pre-activations are ⟨x, down⟩, if asked for.",
+    "the expert step is an operator of its own, for any routing", "fmoe_expert, measured by the terms summed") {
+    gpu_ladder = cuda_expert_token_rungs;
+    for_sizes("T d N K", gpu_any_indices, ANY_SIZES);
+    for_random_sizes("T d N K", gpu_any_indices, 30, (int64_t[]){1, 1, 1, 1}, (int64_t[]){60, 200, 60, 40});
+    expert none EXPERT = new_expert(fresh_seed(), 0, 7, 5, 2);
+    const fmoe_rung public = {.run = NULL};
+    expect(expert_on_gpu(&public, &none, NULL, NULL) == FMOE_OK, "T = 0: %s", fmoe_error_message());
+}
+
+CUDA_SENTENCE(1, 17,
+              "On the GPU a bad index adds nothing, fmoe_cuda_check names the first, and nothing else is touched.",
+              "an index is an address, and the device sees it first", "fmoe_expert without those pairs; guard bands") {
+    gpu_ladder = cuda_expert_token_rungs;
+    for_sizes("T d N K bad", gpu_bad_experts, BAD_SIZES);
+    for_random_sizes("T d N K bad", gpu_bad_experts, 30, (int64_t[]){1, 1, 1, 1, 0}, (int64_t[]){60, 150, 60, 40, 9});
+}
+
+CUDA_SENTENCE(1, 18,
+              "Every GPU rung of chapter 1 writes the same bits in every run, and depends on its arguments alone.",
+              "a token has one owner and its sum one order",
+              "three runs; a graph replayed with new data; two streams that start together") {
+    gpu_ladder = cuda_expert_token_rungs;
+    for_sizes("T d N K dtype routing", gpu_repeats, GPU_REPEAT_SIZES);
+    gpu_depends_on_arguments_alone();
+}
+
+CUDA_HOST_SENTENCE(1, 19, "fmoe_cuda_expert names bad arguments before it launches anything.",
+                   "what the host can see it says at once", "the contract") {
+    float m[16] = {0};
+    int32_t indices[8] = {0};
+    const size_t plenty = (size_t)1 << 40;
+#define RUN(T, d, N, K, dtype, x, down, up, indices, weights, y, workspace, bytes)                                     \
+    fmoe_cuda_expert(T, d, N, K, dtype, x, down, up, indices, weights, y, NULL, workspace, bytes, NULL)
+    refused(RUN(-1, 2, 4, 2, FMOE_F32, m, m, m, indices, m, m, m, plenty), FMOE_BAD_SIZE, "tokens = -1");
+    refused(RUN(2, 0, 4, 2, FMOE_F32, m, m, m, indices, m, m, m, plenty), FMOE_BAD_SIZE, "hidden_size = 0");
+    refused(RUN(2, 2, 0, 2, FMOE_F32, m, m, m, indices, m, m, m, plenty), FMOE_BAD_SIZE, "num_experts = 0");
+    refused(RUN(2, 2, 4, 5, FMOE_F32, m, m, m, indices, m, m, m, plenty), FMOE_BAD_TOPK, "5 exceeds num_experts = 4");
+    refused(RUN(2, 2, 4, 2, FMOE_I32, m, m, m, indices, m, m, m, plenty), FMOE_UNSUPPORTED, "dtype = 3");
+    refused(RUN(INT64_MAX / 8, 1000, 4, 2, FMOE_F32, m, m, m, indices, m, m, m, plenty), FMOE_OVERFLOW, "tokens");
+    refused(RUN(2, 2, 4, 2, FMOE_F32, NULL, m, m, indices, m, m, m, plenty), FMOE_NULL_POINTER, "x");
+    refused(RUN(2, 2, 4, 2, FMOE_F32, m, NULL, m, indices, m, m, m, plenty), FMOE_NULL_POINTER, "down_embed");
+    refused(RUN(2, 2, 4, 2, FMOE_F32, m, m, NULL, indices, m, m, m, plenty), FMOE_NULL_POINTER, "up_embed");
+    refused(RUN(2, 2, 4, 2, FMOE_F32, m, m, m, NULL, m, m, m, plenty), FMOE_NULL_POINTER, "indices");
+    refused(RUN(2, 2, 4, 2, FMOE_F32, m, m, m, indices, NULL, m, m, plenty), FMOE_NULL_POINTER, "weights");
+    refused(RUN(2, 2, 4, 2, FMOE_F32, m, m, m, indices, m, NULL, m, plenty), FMOE_NULL_POINTER, "y");
+    size_t needed = fmoe_cuda_expert_workspace(2, 2, 4, 2, FMOE_F32);
+    expect(needed >= 256, "there is no room for a note in %zu bytes", needed);
+    refused(RUN(2, 2, 4, 2, FMOE_F32, m, m, m, indices, m, m, m, needed - 1), FMOE_BAD_WORKSPACE, "workspace_bytes");
+    refused(RUN(2, 2, 4, 2, FMOE_F32, m, m, m, indices, m, m, NULL, needed), FMOE_NULL_POINTER, "workspace");
+#undef RUN
+}
+
+/* Tables larger than what the L2 keeps of them, read often enough: walked in slices of 1,024, 256 and 512 bytes of a
+ * row, the last of which is not whole. */
+#define SLICED_SIZES SIZES({1100, 1024, 8000, 30, 2, 0}, {1000, 136, 24600, 99, 2, 0}, {600, 200, 13000, 90, 0, 0})
+
+CUDA_SENTENCE(5, 10,
+              "Every GPU rung of chapter 5 computes the reference's output, for any sizes, routing and storage type.",
+              "a hot expert, an empty one, a pair at the end of a chunk must not show",
+              "fmoe_expert; NaN in outputs and workspace before, guard bands after") {
+    gpu_ladder = cuda_expert_scheduled_rungs;
+    for_sizes("T d N K dtype routing", gpu_agrees, GPU_SIZES);
+    for_sizes("T d N K dtype routing", gpu_agrees, SLICED_SIZES);
+    for_random_sizes("T d N K dtype routing", gpu_agrees, 60, (int64_t[]){1, 1, 1, 1, 0, 0},
+                     (int64_t[]){100, 300, 100, 40, 2, 1});
+}
+
+static const char *gpu_unused(const int64_t *size, uint64_t seed) {
+    if (size[3] > size[2])
+        return DOES_NOT_APPLY;
+    fmoe_problem p PROBLEM = problem_of(size, "f32", seed);
+    spoil_unused(&p);
+    return rungs_right(gpu_ladder, &p);
+}
+
+CUDA_SENTENCE(5, 11,
+              "On the GPU too rows that nobody asked for take no part; indices may repeat and weights be negative.",
+              "loads in flight reach for rows before anyone knows that they are needed",
+              "NaN in every idle row of both tables; fmoe_expert") {
+    static const fmoe_rung *const ladders[] = {cuda_expert_token_rungs, cuda_expert_scheduled_rungs};
+    for (int i = 0; i < 2; i++) {
+        gpu_ladder = ladders[i];
+        for_sizes("T d N K", gpu_unused,
+                  SIZES({1, 1, 2, 1}, {5, 7, 90, 3}, {20, 72, 300, 6}, {40, 33, 1000, 16}, {9, 1024, 500, 5}));
+    }
+    for_sizes("T d N K", gpu_any_indices, ANY_SIZES);
+}
+
+CUDA_SENTENCE(5, 12, "A bad index is in no schedule and adds nothing, and fmoe_cuda_check names the first.",
+              "a schedule's positions behind the good pairs hold none",
+              "fmoe_expert without those pairs; guard bands") {
+    gpu_ladder = cuda_expert_scheduled_rungs;
+    for_sizes("T d N K bad", gpu_bad_experts, BAD_SIZES);
+    for_sizes("T d N K bad", gpu_bad_experts, SIZES({600, 200, 13000, 90, 5}));
+    for_random_sizes("T d N K bad", gpu_bad_experts, 30, (int64_t[]){1, 1, 1, 1, 0}, (int64_t[]){60, 150, 60, 40, 9});
+}
+
+CUDA_SENTENCE(5, 13,
+              "Every GPU rung of chapter 5 writes the same bits in every run, and depends on its arguments alone.",
+              "no atomics: a pair has one place, an output one owner and one order of its sum",
+              "three runs; a graph replayed with new data; two streams that start together") {
+    gpu_ladder = cuda_expert_scheduled_rungs;
+    for_sizes("T d N K dtype routing", gpu_repeats, GPU_REPEAT_SIZES);
+    gpu_depends_on_arguments_alone();
 }

@@ -1,8 +1,13 @@
 /* Chapter 4: the expert-major order of the routed pairs, and its ladder. */
-#include "values.h"
+#include "cuda_values.h"
 
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+
+/* The rungs that the ladder's properties hold to account. A sentence about the GPU puts the GPU's in their place: its
+ * process runs no other. */
+static const fmoe_rung *ladder = chapter4_rungs;
 
 /* T·K indices and the arrays of their schedule, each with an element behind it that nobody may touch. */
 typedef struct {
@@ -308,7 +313,7 @@ static const char *ladder_agrees(const int64_t *size, uint64_t seed) {
     for (int r = 0; r < 3; r++) {
         int64_t n = fmoe_num_keys(size[2]), limit = r == 2 ? n * n : size[2];
         if (size[1] <= limit)
-            CHECK(rungs_agree(&fmoe_step_schedule, chapter4_rungs, seed, "T%lld-N%lld-K%lld-%s-f32", (long long)size[0],
+            CHECK(rungs_agree(&fmoe_step_schedule, ladder, seed, "T%lld-N%lld-K%lld-%s-f32", (long long)size[0],
                               (long long)size[2], (long long)size[1], routings[r]));
     }
     return HOLDS;
@@ -351,7 +356,7 @@ SENTENCE(4, 14, "The rung that later chapters call gives the same on both sides 
 }
 
 static const char *ladder_repeats(const int64_t *size, uint64_t seed) {
-    return rungs_repeat(&fmoe_step_schedule, chapter4_rungs, seed, "T%lld-N%lld-K%lld-hot-f32", (long long)size[0],
+    return rungs_repeat(&fmoe_step_schedule, ladder, seed, "T%lld-N%lld-K%lld-hot-f32", (long long)size[0],
                         (long long)size[2], (long long)size[1]);
 }
 
@@ -390,4 +395,153 @@ SENTENCE(4, 16, "No rung takes an index outside [0, N), and none writes outside 
         const char *why = rungs_refuse(rows[i], fresh_seed());
         expect(why == HOLDS, "%s", why);
     }
+}
+
+/* ---- On the GPU -------------------------------------------------------------------------------------------------- */
+
+enum { SKEWED, ONE_TAKES_ALL, EVERY_EXPERT };
+
+static const char *name_of(const fmoe_rung *rung) {
+    return rung->run ? rung->name : "fmoe_cuda_schedule";
+}
+
+/* Every rung in its turn, then the public function. */
+static const char *gpu_invariants(const int64_t *size, uint64_t seed) {
+    int64_t T = size[0], K = size[1], N = size[2], kind = size[3];
+    if (K > N)
+        return DOES_NOT_APPLY;
+    schedule s SCHEDULE = new_schedule(seed, T, K, N);
+    for (int64_t p = 0; p < T * K && kind != SKEWED; p++)
+        s.indices[p] = (int32_t)(kind == ONE_TAKES_ALL ? (int64_t)(seed % (uint64_t)N) : p % N);
+    for (const fmoe_rung *rung = cuda_schedule_rungs;; rung++) {
+        fmoe_schedule_args args = {T, K, N, s.indices, s.offsets, s.pairs};
+        fmoe_status status = schedule_by(rung, &args);
+        const char *wrong = status == FMOE_OK ? is_histogram(&s) : status == FMOE_UNSUPPORTED ? HOLDS : "";
+        if (wrong == HOLDS && status == FMOE_OK)
+            wrong = is_permutation(&s);
+        if (wrong == HOLDS && status == FMOE_OK)
+            wrong = is_in_order(&s);
+        if (wrong != HOLDS) {
+            char text[300];
+            snprintf(text, sizeof text, "%s", *wrong ? wrong : fmoe_error_message());
+            return because("%s: %s", name_of(rung), text);
+        }
+        if (!rung->run)
+            return HOLDS;
+    }
+}
+
+CUDA_SENTENCE(4, 17, "On the GPU offsets are the running histogram, pairs a permutation, rising within an expert.",
+              "threads that race for places must not show in the order",
+              "counting each expert, a mark a pair, looking at neighbours") {
+    for_sizes("T K N kind", gpu_invariants,
+              SIZES({0, 3, 5, 0}, {1, 1, 1, 0}, {1, 4, 4, 2}, {3, 2, 4, 0}, {29, 6, 170, 0}, {100, 16, 1000, 0},
+                    {301, 7, 7, 2}, {999, 5, 9, 1}, {5000, 3, 40, 1}, {7, 1, 3000, 0}, {2049, 2, 33, 0},
+                    {700, 64, 64, 2}));
+    for_random_sizes("T K N kind", gpu_invariants, 40, (int64_t[]){1, 1, 1, 0}, (int64_t[]){300, 20, 400, 2});
+}
+
+static const char *trained_routing(const int64_t *size, uint64_t seed) {
+    return rungs_agree(&fmoe_step_schedule, ladder, seed, "T%d-N16384-K%d-trained-f32", (int)size[0], (int)size[1]);
+}
+
+CUDA_SENTENCE(4, 18,
+              "Every GPU rung gives the reference's schedule, bit for bit, for any routing and up to 2^22 experts.",
+              "hot experts, empty ones, and seams between chunks, slices and buckets", "the reference") {
+    ladder = cuda_schedule_rungs;
+    for_sizes("T K N", ladder_agrees,
+              SIZES({0, 3, 9}, {1, 1, 1}, {5, 4, 4}, {29, 6, 170}, {300, 64, 1000}, {3, 2, 70000}, {64, 4, 255},
+                    {64, 4, 256}, {64, 4, 257}, {64, 4, 4095}, {64, 4, 4096}, {64, 4, 4097}, {1023, 2, 300},
+                    {1024, 2, 300}, {1025, 2, 300}, {16383, 4, 100}, {16384, 4, 100}, {16385, 4, 100}, {4681, 14, 9000},
+                    {8192, 17, 5000}, {5, 3, 1 << 22}, {20000, 1, 2}, {1000, 100, 100}, {40000, 8, 3000}));
+    for_sizes("T K", trained_routing, SIZES({1, 64}, {1001, 64}, {4096, 64}));
+}
+
+static const char *gpu_bad_indices(const int64_t *size, uint64_t seed) {
+    int64_t T = size[0], K = size[1], N = size[2], bad = size[3], good = 0;
+    if (K > N)
+        return DOES_NOT_APPLY;
+    const int32_t wrong[] = {-1, (int32_t)N, INT32_MIN, INT32_MAX};
+    schedule s SCHEDULE = new_schedule(seed, T, K, N);
+    for (int64_t i = 0; i < bad; i++)
+        s.indices[fmoe_random_bits(seed, 3, (uint64_t)i) % (uint64_t)(T * K)] = wrong[i % 4];
+    int32_t *offsets OWNED = integers(N + 1), *pairs OWNED = integers(T * K);
+    int64_t first = -1;
+    for (int64_t p = T * K - 1; p >= 0; p--)
+        if (s.indices[p] < 0 || s.indices[p] >= N)
+            first = p;
+    for (int64_t e = 0; e <= N; e++) { /* the definition; at N what is left over */
+        offsets[e] = (int32_t)good;
+        for (int64_t p = 0; p < T * K && e < N; p++)
+            if (s.indices[p] == e)
+                pairs[good++] = (int32_t)p;
+    }
+    for (int64_t at = good; at < T * K; at++)
+        pairs[at] = -1;
+    char note[96] = "";
+    if (bad)
+        snprintf(note, sizeof note, "indices[%d, %d] = %d is outside [0, num_experts = %d)", (int)(first / K),
+                 (int)(first % K), s.indices[first], (int)N);
+    for (const fmoe_rung *rung = cuda_schedule_rungs;; rung++) {
+        fmoe_schedule_args args = {T, K, N, s.indices, s.offsets, s.pairs};
+        fmoe_status status = schedule_by(rung, &args);
+        if (status != FMOE_UNSUPPORTED) {
+            if (status != (bad ? FMOE_BAD_INDEX : FMOE_OK) || (bad && strcmp(fmoe_error_message(), note) != 0))
+                return because("%s: %s, \"%s\", should be \"%s\"", name_of(rung), fmoe_status_name(status),
+                               fmoe_error_message(), note);
+            if (!same_bits(s.offsets, offsets, N + 1))
+                return because("%s: the offsets are not those of the good pairs", name_of(rung));
+            if (!same_bits(s.pairs, pairs, T * K))
+                return because("%s: the pairs are not the good ones and then -1", name_of(rung));
+        }
+        if (!rung->run)
+            return HOLDS;
+    }
+}
+
+CUDA_SENTENCE(
+    4, 19, "On the GPU a bad index is in no expert's list, the pairs end with -1, and fmoe_cuda_check names the first.",
+    "what only the device can see is told later, and no good pair pays for it",
+    "the definition on the good pairs; guard bands around every array") {
+    for_sizes("T K N bad", gpu_bad_indices,
+              SIZES({1, 1, 1, 1}, {3, 2, 4, 0}, {29, 6, 17, 1}, {29, 6, 17, 40}, {300, 7, 70, 3}, {50, 4, 4096, 9},
+                    {2049, 2, 5, 2}, {9, 3, 2000, 100}));
+    for_random_sizes("T K N bad", gpu_bad_indices, 30, (int64_t[]){1, 1, 1, 0}, (int64_t[]){200, 10, 100, 9});
+}
+
+CUDA_SENTENCE(
+    4, 20, "Every GPU rung writes the same schedule in every run, from a graph with new data, and beside another call.",
+    "a stable order is unique, and a call depends on its arguments alone",
+    "three runs; the reference on data that the capture has not seen; two streams that start together") {
+    ladder = cuda_schedule_rungs;
+    for_sizes("T K N", ladder_repeats, SIZES({5, 3, 4}, {1001, 7, 50}, {3000, 24, 20000}));
+    static const char *const cases[] = {"T129-N70-K6-uniform-f32", "T2000-N16384-K16-hot-f32",
+                                        "T1000-N16384-K64-normal-f32"};
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        const char *wrong = rungs_replay(&fmoe_step_schedule, cuda_schedule_rungs, fresh_seed(), cases[i]);
+        expect(wrong == HOLDS, "%s: %s", cases[i], wrong);
+        wrong = rungs_side_by_side(&fmoe_step_schedule, cuda_schedule_rungs, fresh_seed(), cases[i]);
+        expect(wrong == HOLDS, "%s: %s", cases[i], wrong);
+    }
+}
+
+CUDA_HOST_SENTENCE(4, 21, "The GPU's schedule names bad arguments and its limit before it launches anything.",
+                   "more pairs than 32-bit positions can number would overrun them", "the contract") {
+    int32_t a[16] = {0};
+    const size_t plenty = (size_t)1 << 40;
+#define RUN(T, K, N, indices, offsets, pairs, workspace, bytes)                                                        \
+    fmoe_cuda_schedule(T, K, N, indices, offsets, pairs, workspace, bytes, NULL)
+    refused(RUN(-1, 2, 4, a, a, a, a, plenty), FMOE_BAD_SIZE, "tokens = -1");
+    refused(RUN(2, 0, 4, a, a, a, a, plenty), FMOE_BAD_TOPK, "num_experts_per_tok = 0");
+    refused(RUN(2, 2, 0, a, a, a, a, plenty), FMOE_BAD_SIZE, "num_experts = 0");
+    refused(RUN(2, 2, FMOE_CUDA_MAX_EXPERTS + 1, a, a, a, a, plenty), FMOE_UNSUPPORTED, "num_experts = 4194305");
+    refused(RUN(INT64_C(1) << 31, 2, 4, a, a, a, a, plenty), FMOE_OVERFLOW, "tokens × num_experts_per_tok");
+    refused(RUN(2, 2, 4, NULL, a, a, a, plenty), FMOE_NULL_POINTER, "indices");
+    refused(RUN(2, 2, 4, a, NULL, a, a, plenty), FMOE_NULL_POINTER, "offsets");
+    refused(RUN(2, 2, 4, a, a, NULL, a, plenty), FMOE_NULL_POINTER, "pairs");
+    size_t needed = fmoe_cuda_schedule_workspace(2, 2, 4);
+    expect(needed >= 256, "there is no room for a note in %zu bytes", needed);
+    refused(RUN(2, 2, 4, a, a, a, a, needed - 1), FMOE_BAD_WORKSPACE, "workspace_bytes");
+    refused(RUN(2, 2, 4, a, a, a, NULL, needed), FMOE_NULL_POINTER, "workspace");
+#undef RUN
 }

@@ -91,7 +91,7 @@ static void record(const char *op, const char *case_name, const char *variant, f
 static void measure_ceilings(void) {
     ceiling_list list = {0};
     fmoe_progress("measuring the GPU's ceilings");
-    fmoe_status status = cuda_ceilings_measure(&list);
+    fmoe_status status = machine_measure_gpu_again(&list);
     fmoe_progress("%s", "");
     printf("  the fastest of several runs, the median beside it\n");
     for (int i = 0; i < list.count; i++) {

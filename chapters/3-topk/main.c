@@ -11,9 +11,14 @@ static const char *const cuda_cases[] = {"T4096-n128-K64-normal-f32",   "T4096-n
                                          "T1024-n256-K32-normal-bf16",  "T4096-n320-K512-normal-f32",
                                          "T1024-n320-K4096-normal-f32", NULL};
 
+static const char *const backward_cases[] = {"T4096-n128-K64-normal-f32", "T4096-n320-K512-normal-f32", NULL};
+
 int main(int argc, char **argv) {
     static const fmoe_ladder ladders[] = {
-        {&fmoe_step_topk, chapter3_rungs, cases, quick_cases, cuda_topk_rungs, cuda_cases}, {0}};
+        {&fmoe_step_topk, chapter3_rungs, cases, quick_cases, cuda_topk_rungs, cuda_cases},
+        {&fmoe_step_topk_backward, chapter9_topk_rungs, NULL, NULL, cuda_topk_backward_rungs, backward_cases},
+        {0},
+    };
     static const fmoe_chapter chapter = {.number = 3, .title = "the Cartesian-product top-k", .ladders = ladders};
     return fmoe_chapter_main(&chapter, argc, argv);
 }

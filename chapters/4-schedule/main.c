@@ -1,4 +1,5 @@
 /* Chapter 4: expert-centric scheduling, building the order. */
+#include "../../cuda/rungs.h"
 #include "../steps.h"
 
 static const char *const cases[] = {
@@ -11,8 +12,9 @@ static const char *const quick_cases[] = {
     "T16384-N1048576-K64-uniform-f32",
     NULL,
 };
+static const char *const cuda_cases[] = {"T4096-N16384-K64-uniform-f32", "T16384-N102400-K512-uniform-f32", NULL};
 static const fmoe_ladder ladders[] = {
-    {.step = &fmoe_step_schedule, .rungs = chapter4_rungs, .cases = cases, .quick_cases = quick_cases},
+    {&fmoe_step_schedule, chapter4_rungs, cases, quick_cases, cuda_schedule_rungs, cuda_cases},
     {0},
 };
 static const fmoe_chapter chapter = {

@@ -1,4 +1,5 @@
 /* Chapter 5: the fused expert step. Running the schedule. */
+#include "../../cuda/rungs.h"
 #include "../steps.h"
 
 #include <stdlib.h>
@@ -71,7 +72,15 @@ static int before(void) {
     return failed;
 }
 
-static const fmoe_ladder ladders[] = {{&fmoe_step_expert, chapter5_rungs, cases, quick_cases}, {0}};
+static const char *const cuda_cases[] = {
+    "T4096-d1024-N16384-K64-normal-bf16",     "T4096-d1024-N16384-K64-trained-bf16",
+    "T4096-d1024-N16384-K64-uniform-bf16",    "T4096-d1024-N16384-K64-hot-bf16",
+    "T1024-d1024-N102400-K512-uniform-bf16",  "T1024-d1024-N102400-K1024-uniform-bf16",
+    "T4096-d1024-N102400-K512-uniform-bf16",  "T4096-d1024-N102400-K512-normal-bf16",
+    "T16384-d1024-N102400-K512-uniform-bf16", NULL};
+
+static const fmoe_ladder ladders[] = {
+    {&fmoe_step_expert, chapter5_rungs, cases, quick_cases, cuda_expert_scheduled_rungs, cuda_cases}, {0}};
 
 static const fmoe_chapter chapter = {
     .number = 5, .title = "the fused expert step: running the schedule", .ladders = ladders, .before = before};

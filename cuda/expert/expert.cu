@@ -1,10 +1,9 @@
 // The expert step's entry point, and what all of its rungs check and lay out.
 #include "expert.h"
 #include "expert.cuh"
-#include "expert_api.h"
 
 static fmoe_status check_fits(const char *name, int64_t value) {
-    if (value > INT32_MAX / 16) // a block a token and slice, and the grid is below 2³¹
+    if (value > INT32_MAX / 16) // of this the kernels' int products make use
         return fmoe_fail(FMOE_UNSUPPORTED, "%s = %lld exceeds %d, the most on the GPU", name, (long long)value,
                          INT32_MAX / 16);
     return FMOE_OK;
@@ -29,10 +28,6 @@ fmoe_status expert_check(int64_t T, int64_t d, int64_t N, int64_t K, fmoe_dtype 
     TRY(fmoe_check_pointer("indices", indices, T * K));
     TRY(fmoe_check_pointer("weights", weights, T * K));
     return fmoe_check_pointer("y", y, T * d);
-}
-
-static size_t up_to_256(size_t bytes) {
-    return (bytes + 255) / 256 * 256;
 }
 
 size_t expert_bytes(int64_t T, int64_t K, int64_t slices) {
@@ -88,5 +83,7 @@ extern "C" fmoe_status fmoe_cuda_expert(int64_t T, int64_t d, int64_t N, int64_t
 }
 
 extern "C" size_t fmoe_cuda_expert_workspace(int64_t T, int64_t d, int64_t N, int64_t K, fmoe_dtype dtype) {
+    if (T < 0 || d < 1 || N < 1 || K < 1 || check_dtype(dtype) != FMOE_OK) // fmoe_cuda_expert says which
+        return 0;
     return expert_bytes(T, K, expert_slices_kept(T, d, N, K, dtype));
 }

@@ -30,6 +30,10 @@ fmoe_status expert_from_args(const void *args, void *workspace, size_t workspace
 void expert_lay_out(expert_task *task, void *workspace);
 size_t expert_bytes(int64_t T, int64_t K, int64_t slices);
 
+static inline size_t up_to_256(size_t bytes) {
+    return (bytes + 255) / 256 * 256;
+}
+
 // Chapter 5's last rung, which fmoe_cuda_expert calls.
 fmoe_status expert_slices(const expert_task &task, cudaStream_t stream);
 int expert_slices_kept(int64_t T, int64_t d, int64_t N, int64_t K, fmoe_dtype dtype);

@@ -39,22 +39,23 @@ static __global__ void __launch_bounds__(256) activations_kernel(expert_task a, 
 // Launch: as pre_activations_kernel. Shared memory: a float32 sum of the slice a warp. Traffic: the slice of a row a
 // pair through the L2, 8 bytes a pair and slice in, y out once.
 template <typename R>
-__global__ void __launch_bounds__(R::WARPS *WARP, R::BLOCKS)
-    output_kernel(expert_task a, int width, bool overlapped, bool ahead) {
+__global__ void __launch_bounds__(R::WARPS *WARP, R::BLOCKS) output_kernel(expert_task a, int width, bool overlapped) {
     extern __shared__ float shared[];
     int slice = blockIdx.x / a.T, t = blockIdx.x % a.T, first = slice * width;
-    if (ahead && first + width < a.d) {
-        int size = (int)sizeof(typename R::element);
-        table_part next = {a.up, 0, a.N, (first + width) * size, min(width, a.d - first - width) * size};
-        prefetch(next, a.d * size, t, a.T);
-    }
     output<R>(a, t, first, min(a.d, first + width), overlapped, shared);
 }
 
-// Both phases for slices of `width` columns, a multiple of the reading's. With one slice the first kernel finishes the
-// activations itself.
+// y, after the activations, for slices of `width` columns, a multiple of the reading's.
 template <typename R>
-static fmoe_status launch_phases(const expert_task &a, int warps, int width, bool overlap, cudaStream_t stream) {
+static fmoe_status launch_output(const expert_task &a, int warps, int width, bool overlap, cudaStream_t stream) {
+    int slices = (int)ceil_div(a.d, width);
+    return launch_overlapping("output_kernel", overlap, output_kernel<R>, (unsigned)a.T * slices, warps * WARP,
+                              warps * R::WIDTH * sizeof(float), stream, a, width, overlap);
+}
+
+// The activations. With one slice the first kernel finishes them itself.
+template <typename R>
+static fmoe_status launch_activations(const expert_task &a, int warps, int width, bool overlap, cudaStream_t stream) {
     int slices = (int)ceil_div(a.d, width);
     bool whole = slices == 1;
     for (int first = 0; first < slices; first += SLICES_KEPT) {
@@ -66,8 +67,13 @@ static fmoe_status launch_phases(const expert_task &a, int warps, int width, boo
                                    (unsigned)ceil_div((int64_t)a.T * a.K, 256), 256, 0, stream, a, now, first == 0,
                                    first + now == slices));
     }
-    return launch_overlapping("output_kernel", overlap, output_kernel<R>, (unsigned)a.T * slices, warps * WARP,
-                              warps * R::WIDTH * sizeof(float), stream, a, width, overlap, false);
+    return FMOE_OK;
+}
+
+template <typename R>
+static fmoe_status launch_phases(const expert_task &a, int warps, int width, bool overlap, cudaStream_t stream) {
+    TRY(launch_activations<R>(a, warps, width, overlap, stream));
+    return launch_output<R>(a, warps, width, overlap, stream);
 }
 
 #endif

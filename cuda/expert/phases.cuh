@@ -11,12 +11,13 @@ typedef enum { WHOLE_SLICES, CUT_SLICES, ELEMENTS } slice_form;
 
 // LANES lanes read a row, each LOADS times 16 bytes; with 16 lanes a warp reads two rows abreast. ROWS: how many loads
 // of that kind before the first is used. WARPS at most share a token's pairs in a block, and registers are to be had
-// for BLOCKS such blocks on a multiprocessor.
-template <typename E, slice_form FORM_, int LANES_, int LOADS_, int ROWS_, int WARPS_, int BLOCKS_> struct reading {
+// for BLOCKS such blocks on a multiprocessor. KEPT: the L2 is asked to keep the table (from sm_80 on).
+template <typename E, slice_form FORM_, int LANES_, int LOADS_, int ROWS_, int WARPS_, int BLOCKS_, bool KEPT_>
+struct reading {
     typedef E element;
     static constexpr slice_form FORM = FORM_;
     static constexpr int LANES = LANES_, LOADS = LOADS_, ROWS = ROWS_, WARPS = WARPS_, BLOCKS = BLOCKS_;
-    static constexpr bool VECTORS = FORM != ELEMENTS;
+    static constexpr bool VECTORS = FORM != ELEMENTS, KEPT = KEPT_;
     static constexpr int EACH = pack16<E>::count;    // elements a load
     static constexpr int PARTS = LOADS * EACH;       // elements of a row that a lane has
     static constexpr int WIDTH = LANES * PARTS;      // columns a slice
@@ -31,17 +32,30 @@ template <typename R> __device__ inline int column_of(int i, int lane) {
     return R::VECTORS ? (c * R::LANES + lane % R::LANES) * R::EACH + e : i * R::LANES + lane % R::LANES;
 }
 
+// [load-row]
 // 16 bytes of a table row, which few other rows of this multiprocessor will ask for: they leave the first-level cache
-// to x.
-__device__ inline uint4 load_once(const void *from) {
+// to x. With KEPT they are the last that the L2 evicts, after what other kernels left there and what
+// this one reads once.
+template <bool KEPT> __device__ inline uint4 load_once(const void *from) {
     uint4 v;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    if (KEPT) {
+        uint64_t policy;
+        asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+        asm("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.b32 {%0, %1, %2, %3}, [%4], %5;"
+            : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+            : "l"(from), "l"(policy));
+        return v;
+    }
+#endif
     asm("ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];"
         : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
         : "l"(from));
     return v;
 }
+// [/load-row]
 
-// What is read where there is no expert or no column: a load from here costs less than a branch around it.
+// What is read where there is no expert: a load from here costs less than a branch around it.
 static __device__ const uint4 zeros[256] = {};
 
 // Where an expert's slice begins; every lane makes the address of its own pair's, and shuffles hand it to the others.
@@ -59,12 +73,18 @@ __device__ inline void load_row(uint64_t slice, int of, int columns, int lane,
 #pragma unroll
     for (int i = 0; i < R::PARTS; i += R::VECTORS ? R::EACH : 1) {
         bool inside = R::FORM == WHOLE_SLICES || column_of<R>(i, lane) < columns;
-        const E *from = inside ? row + column_of<R>(i, 0) : (const E *)zeros;
+        const E *from = row + column_of<R>(i, 0);
         if (R::VECTORS)
-            *(uint4 *)&part[i / R::EACH] = load_once(from);
+            *(uint4 *)&part[i / R::EACH] = inside ? load_once<R::KEPT>(from) : make_uint4(0, 0, 0, 0);
         else
-            part[i / R::EACH].at[i % R::EACH] = __ldg(from);
+            part[i / R::EACH].at[i % R::EACH] = inside ? __ldg(from) : from_f32<E>(0);
     }
+}
+
+template <typename R> __device__ inline void clear_row(pack16<typename R::element> (&part)[R::LOADS]) {
+#pragma unroll
+    for (int c = 0; c < R::LOADS; c++)
+        *(uint4 *)&part[c] = make_uint4(0, 0, 0, 0);
 }
 
 // 16 bytes as float32. A bfloat16 is the upper half of a float32: a shift or a mask.
@@ -79,26 +99,6 @@ template <> __device__ inline void unpack(const pack16<__nv_bfloat16> &part, flo
     for (int i = 0; i < 4; i++) {
         values[2 * i] = __uint_as_float(twos[i] << 16);
         values[2 * i + 1] = __uint_as_float(twos[i] & 0xffff0000u);
-    }
-}
-
-// ---- Ahead of time
-
-// A part of a table: `rows` rows from first_row on, `width` bytes of each from first_byte on.
-typedef struct {
-    const void *table;
-    int first_row, rows, first_byte, width;
-} table_part;
-
-// The block's share, one of a.T, of asking for what the next blocks will read. A line is 128 bytes.
-static __device__ inline void prefetch(const table_part &part, int row_bytes, int share, int shares) {
-    int lines_a_row = (part.width + 127) / 128;
-    int64_t lines = (int64_t)part.rows * lines_a_row;
-    for (int64_t i = lines * share / shares + threadIdx.x; i < lines * (share + 1) / shares; i += blockDim.x) {
-        int row = (int)(i / lines_a_row), byte = (int)(i % lines_a_row) * 128;
-        const char *line =
-            (const char *)part.table + (int64_t)(part.first_row + row) * row_bytes + part.first_byte + byte;
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
     }
 }
 
@@ -124,23 +124,45 @@ template <int ROWS, int LANES> __device__ inline float reduce_rows(float (&sum)[
 }
 // [/reduce-rows]
 
-// [dots]
-// Sums ⟨x, down[e]⟩ over the slice for up to 32 pairs, the one of lane l in lane l.
+// A lane's part of a row that stays in registers, from its first column of `columns` on.
 template <typename R>
-__device__ inline float dots(const expert_task &a, const float (&x)[R::PARTS], int first_column, int32_t expert,
-                             int pairs, int lane) {
+__device__ inline void keep_row(const typename R::element *row, int columns, int lane, float (&kept)[R::PARTS]) {
     typedef typename R::element E;
-    uint64_t slice = slice_of<R>(a.down, a.d, first_column, expert);
-    int side = lane / R::LANES, columns = a.d - first_column;
-    // Where the sum of this lane's own pair will be.
-    int holder = lane % R::ABREAST * R::LANES + lane % R::AT_ONCE / R::ABREAST * R::LANES_A_ROW;
+#pragma unroll
+    for (int c = 0; c < R::LOADS; c++) {
+        pack16<E> part = {};
+        if (R::VECTORS && column_of<R>(c * R::EACH, lane) < columns)
+            part = *(const pack16<E> *)(row + column_of<R>(c * R::EACH, lane));
+#pragma unroll
+        for (int e = 0; e < R::EACH; e++) {
+            int column = column_of<R>(c * R::EACH + e, lane);
+            if (!R::VECTORS && column < columns)
+                part.at[e] = row[column];
+            kept[c * R::EACH + e] = to_f32(part.at[e]);
+        }
+    }
+}
+
+// [dots]
+// The dot products, over a slice, of the row in registers with those whose addresses `count` lanes from `first` on
+// have. Each such lane gets its own. SHORT: there are so few that even zeros are not to be read beyond the last.
+template <typename R, bool SHORT>
+__device__ inline float dots(const float (&kept)[R::PARTS], uint64_t slice, int first, int count, int columns,
+                             int lane) {
+    typedef typename R::element E;
+    int side = lane / R::LANES, own = lane - first;
+    // The lane that will have the sum of this lane's own row.
+    int holder = own % R::ABREAST * R::LANES + own % R::AT_ONCE / R::ABREAST * R::LANES_A_ROW;
     float mine = 0;
 #pragma unroll 1
-    for (int j = 0; j < pairs; j += R::AT_ONCE) {
+    for (int j = 0; j < count; j += R::AT_ONCE) {
         pack16<E> row[R::ROWS][R::LOADS];
 #pragma unroll
         for (int r = 0; r < R::ROWS; r++)
-            load_row<R>(slice, j + r * R::ABREAST + side, columns, lane, row[r]);
+            if (!SHORT || r == 0 || j + r * R::ABREAST < count)
+                load_row<R>(slice, first + j + r * R::ABREAST + side, columns, lane, row[r]);
+            else
+                clear_row<R>(row[r]);
         float sum[R::ROWS];
 #pragma unroll
         for (int r = 0; r < R::ROWS; r++) {
@@ -151,55 +173,23 @@ __device__ inline float dots(const expert_task &a, const float (&x)[R::PARTS], i
                 unpack(row[r][c], values);
 #pragma unroll
                 for (int i = 0; i < R::EACH; i++)
-                    sum[r] = fmaf(x[c * R::EACH + i], values[i], sum[r]);
+                    sum[r] = fmaf(kept[c * R::EACH + i], values[i], sum[r]);
             }
         }
         float reduced = reduce_rows<R::ROWS, R::LANES>(sum, lane);
         reduced = __shfl_sync(ALL_LANES, reduced, holder);
-        mine = lane / R::AT_ONCE == j / R::AT_ONCE ? reduced : mine;
+        mine = own >= j && own < j + R::AT_ONCE ? reduced : mine;
     }
     return mine;
 }
 // [/dots]
 
-// The pairs of a token that a warp has: begin to end.
-__device__ inline void share_of_warp(int K, int *begin, int *end) {
-    int warps = blockDim.x / WARP, share = (K + warps - 1) / warps;
+// The pairs of a token that a warp has: begin to end, as many as it reads at once or a multiple of that, up to the
+// last.
+template <typename R> __device__ inline void share_of_warp(int K, int *begin, int *end) {
+    int warps = blockDim.x / WARP, share = ((K + warps - 1) / warps + R::AT_ONCE - 1) / R::AT_ONCE * R::AT_ONCE;
     *begin = min(K, (int)threadIdx.x / WARP * share);
     *end = min(K, *begin + share);
-}
-
-// A lane's part of the token, from first_column on.
-template <typename R>
-__device__ inline void load_x(const expert_task &a, int t, int first_column, int lane, float (&x)[R::PARTS]) {
-    typedef typename R::element E;
-    const E *token = (const E *)a.x + (int64_t)t * a.d + first_column;
-#pragma unroll
-    for (int c = 0; c < R::LOADS; c++) {
-        pack16<E> part = {};
-        if (R::VECTORS && first_column + column_of<R>(c * R::EACH, lane) < a.d)
-            part = *(const pack16<E> *)(token + column_of<R>(c * R::EACH, lane));
-#pragma unroll
-        for (int e = 0; e < R::EACH; e++) {
-            int column = column_of<R>(c * R::EACH + e, lane);
-            if (!R::VECTORS && first_column + column < a.d)
-                part.at[e] = token[column];
-            x[c * R::EACH + e] = to_f32(part.at[e]);
-        }
-    }
-}
-
-// The same over all the columns from first_column to last_column.
-template <typename R>
-__device__ inline float dots_of_columns(const expert_task &a, int t, int first_column, int last_column, int32_t expert,
-                                        int pairs, int lane) {
-    float s = 0;
-    for (int column = first_column; column < last_column; column += R::WIDTH) {
-        float x[R::PARTS];
-        load_x<R>(a, t, column, lane, x);
-        s += dots<R>(a, x, column, expert, pairs, lane);
-    }
-    return s;
 }
 
 // [phase-1]
@@ -207,14 +197,21 @@ __device__ inline float dots_of_columns(const expert_task &a, int t, int first_c
 // these are not all columns, or NULL.
 template <typename R>
 __device__ inline void pre_activations(const expert_task &a, int t, int first_column, int last_column, float *partial) {
+    typedef typename R::element E;
     int lane = threadIdx.x % WARP, begin, end;
-    share_of_warp(a.K, &begin, &end);
+    share_of_warp<R>(a.K, &begin, &end);
     for (int first = begin; first < end; first += WARP) {
         bool has = first + lane < end;
         int64_t pair = (int64_t)t * a.K + first + lane;
         int32_t expert = has ? expert_of_pair(a, pair) : NO_EXPERT;
         float weight = has && !partial ? a.weights[pair] : 0;
-        float s = dots_of_columns<R>(a, t, first_column, last_column, expert, min(WARP, end - first), lane);
+        float s = 0;
+        for (int column = first_column; column < last_column; column += R::WIDTH) {
+            float x[R::PARTS];
+            keep_row<R>((const E *)a.x + (int64_t)t * a.d + column, a.d - column, lane, x);
+            uint64_t slice = slice_of<R>(a.down, a.d, column, expert);
+            s += dots<R, false>(x, slice, 0, min(WARP, end - first), a.d - column, lane);
+        }
         if (has && partial)
             __stcs(partial + pair, s);
         else if (has)
@@ -294,7 +291,7 @@ __device__ inline void output(const expert_task &a, int t, int first_column, int
                               float *shared) {
     __shared__ int first_bad;
     int lane = threadIdx.x % WARP, begin, end;
-    share_of_warp(a.K, &begin, &end);
+    share_of_warp<R>(a.K, &begin, &end);
     if (threadIdx.x == 0)
         first_bad = a.K;
     __syncthreads();
@@ -306,6 +303,8 @@ __device__ inline void output(const expert_task &a, int t, int first_column, int
             int32_t expert = has ? expert_of_pair(a, pair) : NO_EXPERT;
             if (has && expert == NO_EXPERT)
                 atomicMin(&first_bad, first + lane);
+            if (has && expert == NO_EXPERT && a.pre_activations)
+                a.pre_activations[pair] = 0;
             add_rows<R>(a, column, expert, pair, min(WARP, end - first), wait, lane, sum);
         }
         join_warps<R>(a, t, column, sum, shared);

@@ -1,74 +1,85 @@
-// Rung `slices`, which fmoe_cuda_expert runs: two kernels whose shape follows the table. A table larger than the cache
-// is walked slice by slice of its columns; a small case splits a token over more warps.
+// Rung `slices`, which fmoe_cuda_expert runs: the two phases in a shape that follows the table. One that is larger than
+// the L2 keeps is walked slice by slice of its columns; few tokens are split over more warps each.
 #include "expert.h"
 #include "launch.cuh"
 
-#define SLICE_IN_CACHE (36ll << 20) // bytes of a slice of the table that the L2 keeps
-#define ENOUGH_REUSE   2            // pairs an expert, from which a slice in the cache pays
+#define SLICE_IN_CACHE (12 << 20) // bytes of a slice of the table that the L2 keeps without losses, ...
+#define CACHE          (40 << 20) // ... and with some
+#define ENOUGH_REUSE   4          // pairs an expert, from which a slice in the cache pays
+#define WARPS_AT_ONCE  2112       // 16 on each of 132 multiprocessors
 
-template <typename E, slice_form F> using slice_2048 = reading<E, F, 32, 4, 2, 4, 5>;
-template <typename E, slice_form F> using slice_1024 = reading<E, F, 32, 2, 4, 4, 6>;
-template <typename E, slice_form F> using slice_512 = reading<E, F, 32, 1, 8, 8, 4>;
-template <typename E, slice_form F> using slice_256 = reading<E, F, 16, 1, 8, 8, 4>;
-template <typename E> using elements = reading<E, ELEMENTS, 32, 1, 2, 4, 5>;
+// The readings that were fastest, by the bytes of a slice. The first is for whole rows as well, and takes more warps
+// where there are few tokens.
+template <typename E, slice_form F> using slice_2048 = reading<E, F, 32, 4, 4, 8, 2, true>;
+template <typename E, slice_form F> using slice_1024 = reading<E, F, 32, 2, 4, 2, 12, true>;
+template <typename E, slice_form F> using slice_512 = reading<E, F, 32, 1, 4, 2, 16, true>;
+template <typename E, slice_form F> using slice_256 = reading<E, F, 16, 1, 4, 4, 8, true>;
+template <typename E> using elements = reading<E, ELEMENTS, 32, 1, 2, 4, 5, false>;
 
-// The bytes of a row that a slice has: as many as keep the slice of the whole table in the cache.
-// [slice-bytes]
-static int slice_bytes(int64_t T, int64_t d, int64_t N, int64_t K, fmoe_dtype dtype) {
+typedef struct {
+    int bytes; // of a row that a slice has; of a wider row, if it is not sliced, a turn has
+    bool sliced;
+} plan;
+
+// [plan]
+// The widest slices that fit, of 16 lanes' loads at least. No slices where most rows are read only once, where the
+// whole table fits, or where not even the narrowest does.
+static plan make_plan(int64_t T, int64_t d, int64_t N, int64_t K, fmoe_dtype dtype) {
     int64_t row = d * (int64_t)fmoe_dtype_size(dtype);
-    int bytes = 2048;
-    if (T * K < ENOUGH_REUSE * N)
-        return bytes;
-    while (bytes > 256 && N * (row < bytes ? row : bytes) > SLICE_IN_CACHE)
-        bytes /= 2;
-    return bytes;
+    plan p = {2048, true};
+    while (p.bytes > 256 && (p.bytes / 2 >= row || N * p.bytes > SLICE_IN_CACHE))
+        p.bytes /= 2;
+    if (row % 16 == 0 && row > p.bytes && T * K >= ENOUGH_REUSE * N && N * p.bytes <= CACHE &&
+        T <= INT32_MAX / ceil_div(row, p.bytes)) // a block a token and slice
+        return p;
+    p = {2048, false};
+    while (p.bytes > 256 && p.bytes / 2 >= row)
+        p.bytes /= 2;
+    return p;
 }
-// [/slice-bytes]
+// [/plan]
 
-static bool in_vectors(int64_t d, fmoe_dtype dtype) {
-    return d * fmoe_dtype_size(dtype) % 16 == 0;
-}
-
-// Columns a slice. Without reuse all columns are one.
-static int64_t slice_columns(int64_t T, int64_t d, int64_t N, int64_t K, fmoe_dtype dtype) {
-    int64_t columns = slice_bytes(T, d, N, K, dtype) / (int64_t)fmoe_dtype_size(dtype);
-    bool whole =
-        !in_vectors(d, dtype) || T * K < ENOUGH_REUSE * N || N * d * (int64_t)fmoe_dtype_size(dtype) <= SLICE_IN_CACHE;
-    return whole ? ceil_div(d, columns) * columns : columns;
+static int columns_of(plan p, int64_t d, fmoe_dtype dtype) {
+    int64_t columns = p.bytes / (int64_t)fmoe_dtype_size(dtype);
+    return (int)(p.sliced ? columns : ceil_div(d, columns) * columns);
 }
 
 int expert_slices_kept(int64_t T, int64_t d, int64_t N, int64_t K, fmoe_dtype dtype) {
-    int64_t slices = ceil_div(d, slice_columns(T, d, N, K, dtype));
+    plan p = make_plan(T, d, N, K, dtype);
+    int64_t slices = ceil_div(d, columns_of(p, d, dtype));
     return slices == 1 ? 0 : (int)(slices < SLICES_KEPT ? slices : SLICES_KEPT);
 }
 
-// The more pairs a token has, the more warps share them; a warp has at least 8.
-template <typename R> static fmoe_status phases(const expert_task &a, int width, bool overlap, cudaStream_t stream) {
-    int warps = (int)ceil_div(a.K, 8);
-    return launch_phases<R>(a, warps < R::WARPS ? warps : R::WARPS, width, overlap, stream);
+// At least 4 pairs a warp, at most R::WARPS warps a token.
+template <typename R>
+static fmoe_status phases(const expert_task &a, int width, int64_t warps, bool overlap, cudaStream_t stream) {
+    int64_t most = ceil_div(a.K, 4) < R::WARPS ? ceil_div(a.K, 4) : R::WARPS;
+    return launch_phases<R>(a, (int)(warps < most ? warps : most), width, overlap, stream);
 }
 
 template <typename E, slice_form F>
 static fmoe_status slices(const expert_task &a, int bytes, int width, bool overlap, cudaStream_t stream) {
+    int64_t warps = WARPS_AT_ONCE / a.T > 2 ? WARPS_AT_ONCE / a.T : 2;
     switch (bytes) {
     case 256:
-        return phases<slice_256<E, F>>(a, width, overlap, stream);
+        return phases<slice_256<E, F>>(a, width, 4, overlap, stream);
     case 512:
-        return phases<slice_512<E, F>>(a, width, overlap, stream);
+        return phases<slice_512<E, F>>(a, width, 1, overlap, stream);
     case 1024:
-        return phases<slice_1024<E, F>>(a, width, overlap, stream);
+        return phases<slice_1024<E, F>>(a, width, 2, overlap, stream);
     default:
-        return phases<slice_2048<E, F>>(a, width, overlap, stream);
+        return phases<slice_2048<E, F>>(a, width, warps, overlap, stream);
     }
 }
 
 template <typename E> static fmoe_status any_row(const expert_task &a, bool overlap, cudaStream_t stream) {
-    int width = (int)slice_columns(a.T, a.d, a.N, a.K, a.dtype), bytes = slice_bytes(a.T, a.d, a.N, a.K, a.dtype);
-    if (!in_vectors(a.d, a.dtype))
-        return phases<elements<E>>(a, width, overlap, stream);
-    if (a.d * (int)sizeof(E) % bytes == 0)
-        return slices<E, WHOLE_SLICES>(a, bytes, width, overlap, stream);
-    return slices<E, CUT_SLICES>(a, bytes, width, overlap, stream);
+    plan p = make_plan(a.T, a.d, a.N, a.K, a.dtype);
+    int width = columns_of(p, a.d, a.dtype), row = a.d * (int)sizeof(E);
+    if (row % 16 != 0)
+        return phases<elements<E>>(a, (int)ceil_div(a.d, elements<E>::WIDTH) * elements<E>::WIDTH, 4, overlap, stream);
+    if (row % p.bytes == 0)
+        return slices<E, WHOLE_SLICES>(a, p.bytes, width, overlap, stream);
+    return slices<E, CUT_SLICES>(a, p.bytes, width, overlap, stream);
 }
 
 fmoe_status expert_slices(const expert_task &a, cudaStream_t stream) {

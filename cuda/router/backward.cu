@@ -137,9 +137,6 @@ static router_backward_plan plan(bool training, int64_t T, int64_t d, int64_t n,
     p.forward.T = T, p.forward.d = d, p.forward.n = n;
     p.forward.training = training, p.forward.dtype = dtype;
     p.norm = router_carve(&p.forward, false, workspace, used);
-    // In training the statistics move running buffers. These have moved in the forward pass, so others stand in.
-    p.forward.running_mean = (float *)carve(workspace, used, training ? (size_t)d * sizeof(float) : 0);
-    p.forward.running_var = (float *)carve(workspace, used, training ? (size_t)d * sizeof(float) : 0);
     router_backward_job *job = &p.job;
     *job = {T, d, n, training, slices_of(T), ceil_div(2 * n, JOIN_KEYS), p.norm.norm, NULL, NULL, NULL, NULL};
     size_t row = (size_t)d * sizeof(float), keys = 2 * (size_t)n;
@@ -208,7 +205,7 @@ extern "C" fmoe_status fmoe_cuda_router_backward(bool training, int64_t T, int64
     router_backward_plan p = plan(training, T, d, n, dtype, workspace, &used);
     TRY(check_workspace(workspace, workspace_bytes, used));
     p.forward.x = x, p.forward.gate = gate, p.job.dlogits = dlogits;
-    if (!training) // router_set_norm reads them, and moves them in training alone
+    if (!training) // in training they have moved on the way forward, and stay NULL here
         p.forward.running_mean = (float *)running_mean, p.forward.running_var = (float *)running_var;
     if (!dx && !dgate)
         return FMOE_OK;

@@ -240,12 +240,14 @@ __device__ void finish_columns(const router_backward_job &job, const E *x, int64
     for (int i = 0; i < 8; i++) {
         four<G> out;
 #pragma unroll
+        // [norm-last-line]
         for (int c = 0; c < 4; c++) {
             float gradient = dx_hat[i][first + c];
             if (job.training)
                 gradient -= mean[c] + mean_x_hat[c] * normalised(to_f32(in[i].at[c]), center[c], scale[c], offset[c]);
             out.at[c] = from_f32<G>(gradient * scale[c]);
         }
+        // [/norm-last-line]
         if (token + row_of(i) < job.T)
             store_four<G, WIDE>(out, dx + (token + row_of(i)) * job.d, h, job.d);
     }

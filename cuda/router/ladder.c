@@ -1,4 +1,5 @@
 /* The router's ladder on the GPU (chapter 2): from a thread a hidden unit to tensor cores that lose no digits. */
+#include "../machine/machine_cuda.h"
 #include "../rungs.h"
 #include "router.h"
 
@@ -35,5 +36,14 @@ const fmoe_rung cuda_router_rungs[] = {
      .run = CUDA_RUN(cuda_router_wgmma),
      .workspace = CUDA_PART(cuda_router_bytes),
      .supports = CUDA_PART(cuda_router_16_bit)},
+    {.name = "cublas",
+     .level = LEVEL_CORE,
+     .backend = BACKEND_CUDA,
+     .idea = "The vendor's float32 product on x̂ stored in float32; norm and softmax as in one-pass.",
+     .run = CUDA_RUN(cuda_router_cublas),
+     .workspace = CUDA_PART(cuda_router_cublas_bytes),
+     .supports = CUDA_PART(cuda_router_fits_int),
+     .library = true,
+     .available = CUDA_PART(cublas_available)},
     {0},
 };

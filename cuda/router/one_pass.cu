@@ -13,7 +13,7 @@ __global__ void normalise_kernel(int64_t T, int64_t d, const E *x, router_norm n
     int64_t t = index / packs, column = index % packs * wide;
     if (t >= T)
         return;
-    pack16<E> in = load_pack<E, WIDE>(x + t * d, column, d);
+    pack16<E> in = unpack<E>(load_pack<E, WIDE>(x + t * d, column, d));
     for (int i = 0; i < wide; i++)
         if (column + i < d)
             x_hat[t * d + column + i] =
@@ -30,6 +30,11 @@ static fmoe_status normalise(const fmoe_router_args *args, router_scratch s, cud
     return launched("normalise_kernel");
 }
 
+fmoe_status router_normalise(const fmoe_router_args *args, router_scratch s, cudaStream_t stream) {
+    WITH_DTYPE(args->dtype, E,
+               return (rows_are_wide<E>(args->d) ? normalise<E, true> : normalise<E, false>)(args, s, stream));
+}
+
 extern "C" fmoe_status cuda_router_one_pass(const void *arguments, void *workspace, size_t bytes, void *stream) {
     const fmoe_router_args *args = (const fmoe_router_args *)arguments;
     size_t used = 0;
@@ -38,9 +43,7 @@ extern "C" fmoe_status cuda_router_one_pass(const void *arguments, void *workspa
     if (args->T == 0)
         return FMOE_OK;
     TRY(router_set_norm(args, s, false, (cudaStream_t)stream));
-    WITH_DTYPE(
-        args->dtype, E,
-        TRY((rows_are_wide<E>(args->d) ? normalise<E, true> : normalise<E, false>)(args, s, (cudaStream_t)stream)));
+    TRY(router_normalise(args, s, (cudaStream_t)stream));
     TRY(router_project(args, s.x_hat, (cudaStream_t)stream));
     return router_log_softmax(args, (cudaStream_t)stream);
 }

@@ -34,7 +34,8 @@ extern "C" size_t cuda_router_bytes(const void *args) {
 
 extern "C" bool cuda_router_16_bit(const void *arguments) {
     const fmoe_router_args *args = (const fmoe_router_args *)arguments;
-    return args->dtype != FMOE_F32 && args->d % 8 == 0;
+    return args->dtype != FMOE_F32 && args->d % 8 == 0 && args->T <= INT32_MAX && args->d <= INT32_MAX &&
+           args->n <= INT32_MAX / 2;
 }
 
 static fmoe_status check_sizes(const fmoe_router_args *args) {

@@ -52,6 +52,8 @@ fmoe_status router_check_16_bit(const fmoe_router_args *args); // of the rungs t
 // scratch.norm, from this batch (the running buffers move) or from the running buffers. overlap: a kernel starts while
 // the one before ends (sm_90 on). statistics.cu
 fmoe_status router_set_norm(const fmoe_router_args *args, router_scratch scratch, bool overlap, cudaStream_t stream);
+// scratch.x_hat. one_pass.cu
+fmoe_status router_normalise(const fmoe_router_args *args, router_scratch scratch, cudaStream_t stream);
 // logits = x̂ · gateᵀ, a thread a logit. columns.cu
 fmoe_status router_project(const fmoe_router_args *args, const float *x_hat, cudaStream_t stream);
 // A warp a row. softmax.cu
@@ -59,17 +61,24 @@ fmoe_status router_log_softmax(const fmoe_router_args *args, cudaStream_t stream
 
 // ---- 16 bytes of a row of x or gate ----
 
+// [load-pack]
 // WIDE: rows are multiples of 16 bytes, so a pack lies in its row or outside. Otherwise the elements come one by one.
-// Outside are zeros.
-template <typename E, bool WIDE> __device__ inline pack16<E> load_pack(const E *row, int64_t column, int64_t columns) {
-    pack16<E> pack;
+// Outside are zeros. A uint4 and not a pack16<E>: 16-bit elements that may or may not have been loaded are taken apart
+// at once, which waits for the load; whole registers are left alone until unpack.
+template <typename E, bool WIDE> __device__ inline uint4 load_pack(const E *row, int64_t column, int64_t columns) {
     if constexpr (WIDE) {
-        if (column < columns)
-            return *(const pack16<E> *)(row + column);
+        return column < columns ? *(const uint4 *)(row + column) : make_uint4(0, 0, 0, 0);
+    } else {
+        pack16<E> pack;
+        for (int i = 0; i < pack.count; i++)
+            pack.at[i] = column + i < columns ? row[column + i] : from_f32<E>(0);
+        return *(uint4 *)&pack;
     }
-    for (int i = 0; i < pack.count; i++)
-        pack.at[i] = !WIDE && column + i < columns ? row[column + i] : from_f32<E>(0);
-    return pack;
+}
+// [/load-pack]
+
+template <typename E> __device__ inline pack16<E> unpack(uint4 raw) {
+    return *(pack16<E> *)&raw;
 }
 
 template <typename E> static inline bool rows_are_wide(int64_t d) {

@@ -9,11 +9,14 @@ extern "C" {
 #endif
 
 /* Each takes fmoe_router_args with device pointers; log_probs may be NULL. */
-fmoe_rung_fn cuda_router_columns, cuda_router_one_pass, cuda_router_tiles, cuda_router_split, cuda_router_wgmma;
-/* The workspace of the rungs that store x̂, and of those that do not. */
-fmoe_workspace_fn cuda_router_x_hat_bytes, cuda_router_bytes;
+fmoe_rung_fn cuda_router_columns, cuda_router_one_pass, cuda_router_tiles, cuda_router_split, cuda_router_wgmma,
+    cuda_router_cublas;
+/* The workspace of the rungs that store x̂, of those that do not, and of the library's. */
+fmoe_workspace_fn cuda_router_x_hat_bytes, cuda_router_bytes, cuda_router_cublas_bytes;
 /* What the tensor-core rungs do: 16-bit storage, rows of x that start at multiples of 16 bytes. */
 bool cuda_router_16_bit(const void *args);
+/* The library counts with int. */
+bool cuda_router_fits_int(const void *args);
 
 #ifdef __cplusplus
 }

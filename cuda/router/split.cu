@@ -46,10 +46,11 @@ __device__ inline split_sources<E> find_sources(const router_job &job, router_ti
     return from;
 }
 
-template <typename E> __device__ inline void fetch_x(const split_sources<E> &from, int k, pack16<E> (&in)[X_ROWS]) {
+// Whole registers: see load_pack.
+template <typename E> __device__ inline void fetch_x(const split_sources<E> &from, int k, uint4 (&in)[X_ROWS]) {
     for (int i = 0; i < X_ROWS; i++) {
         bool inside = i < from.x_rows && k < from.units;
-        in[i] = inside ? *(const pack16<E> *)(from.x + i * from.step + k) : pack16<E>{};
+        in[i] = inside ? *(const uint4 *)(from.x + i * from.step + k) : make_uint4(0, 0, 0, 0);
     }
 }
 
@@ -70,7 +71,7 @@ __device__ inline void copy_stage(const split_sources<E> &from, const E *gate, i
 // [split-once]
 // Every element of the tile is normalised and split once, by the thread that brought it, though four warps use it.
 template <typename E>
-__device__ inline void place_split(const split_stage<E> &stage, const pack16<E> (&in)[X_ROWS], E *hi, E *lo) {
+__device__ inline void place_split(const split_stage<E> &stage, const uint4 (&in)[X_ROWS], E *hi, E *lo) {
     int h = threadIdx.x % 8 * 8;
     unsigned high[X_ROWS][4], low[X_ROWS][4];
     for (int j = 0; j < 4; j++) {
@@ -128,7 +129,7 @@ __device__ inline void sums_to_tile(const float (&sums)[2][4][4], int row, int k
 // other would wait for the load.
 template <typename E>
 __device__ inline void take_turn(const split_sources<E> &from, const E *gate, int d, int turn, split_tiles<E> &tiles,
-                                 pack16<E> (&next)[X_ROWS], pack16<E> (&after)[X_ROWS], float (&sums)[2][4][4]) {
+                                 uint4 (&next)[X_ROWS], uint4 (&after)[X_ROWS], float (&sums)[2][4][4]) {
     int k = turn * TILE_DEPTH, warp = threadIdx.x / WARP, now = turn % 2;
     bool more = k + TILE_DEPTH < d, splits_first = warp < SPLIT_THREADS / WARP / 2;
     const split_stage<E> &following = tiles.stages[(turn + 1) % GATE_STAGES];
@@ -156,7 +157,7 @@ __global__ void __launch_bounds__(SPLIT_THREADS) split_kernel(router_job job, co
     router_tile at = router_tile_of(job);
     int warp = threadIdx.x / WARP, d = (int)job.d, turns = (d + TILE_DEPTH - 1) / TILE_DEPTH;
     float sums[2][4][4] = {};
-    pack16<E> a[X_ROWS], b[X_ROWS];
+    uint4 a[X_ROWS], b[X_ROWS];
 
     split_sources<E> from = find_sources(job, at, x, gate);
     copy_stage(from, gate, d, 0, &tiles.stages[0]);

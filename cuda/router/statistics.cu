@@ -23,7 +23,8 @@ __global__ void __launch_bounds__(ROW_THREADS *SLOTS)
     int64_t block = blockIdx.x / column_blocks, first = block * STATISTICS_TOKENS;
     int64_t first_column = (int64_t)(blockIdx.x % column_blocks) * columns;
     int slot = threadIdx.x / ROW_THREADS, offset = threadIdx.x % ROW_THREADS * wide;
-    pack16<E> shift = load_pack<E, WIDE>(x + first * d, first_column + offset, d), in[turns];
+    // [deviations]
+    uint4 shift = load_pack<E, WIDE>(x + first * d, first_column + offset, d), in[turns];
     for (int i = 0; i < turns; i++) {
         int64_t t = first + slot + i * SLOTS;
         in[i] = t < T ? load_pack<E, WIDE>(x + t * d, first_column + offset, d) : shift;
@@ -31,10 +32,11 @@ __global__ void __launch_bounds__(ROW_THREADS *SLOTS)
     pack16<float> sum[wide / 4] = {}, square[wide / 4] = {}; // float32 by fours: 16-byte stores
     for (int i = 0; i < turns; i++)
         for (int c = 0; c < wide; c++) {
-            float deviation = to_f32(in[i].at[c]) - to_f32(shift.at[c]);
+            float deviation = to_f32(unpack<E>(in[i]).at[c]) - to_f32(unpack<E>(shift).at[c]);
             sum[c / 4].at[c % 4] += deviation;
             square[c / 4].at[c % 4] = fmaf(deviation, deviation, square[c / 4].at[c % 4]);
         }
+    // [/deviations]
     for (int i = 0; i < wide / 4; i++) {
         *(pack16<float> *)&part_sums[slot][offset + 4 * i] = sum[i];
         *(pack16<float> *)&part_squares[slot][offset + 4 * i] = square[i];
@@ -77,6 +79,7 @@ __global__ void __launch_bounds__(JOIN_UNITS *JOIN_SLICES)
     wait_for_kernel_before();
     int64_t h = (int64_t)blockIdx.x * JOIN_UNITS + threadIdx.x;
     int64_t column = h < d ? h : d - 1;
+    // [common-mean]
     double origin = s.shifts[column], total = 0, around_mean = 0;
 #pragma unroll 4
     for (int64_t block = threadIdx.y; block < s.blocks; block += JOIN_SLICES) {
@@ -93,15 +96,18 @@ __global__ void __launch_bounds__(JOIN_UNITS *JOIN_SLICES)
         around_mean += s.squares[block * d + column] + step * (2 * (double)s.sums[block * d + column] + count * step);
     }
     around_mean = sum_slices(around_mean);
+    // [/common-mean]
     if (threadIdx.y > 0)
         return;
     if (h >= d) {
         s.norm.center[h] = s.norm.scale[h] = s.norm.offset[h] = 0;
         return;
     }
-    double keep = 1 - FMOE_NORM_MOMENTUM, unbiased = around_mean / (double)(T - 1);
-    running_mean[h] = (float)(keep * running_mean[h] + FMOE_NORM_MOMENTUM * mean);
-    running_var[h] = (float)(keep * running_var[h] + FMOE_NORM_MOMENTUM * unbiased);
+    if (running_mean) { // NULL where the forward pass has moved them: on the way back
+        double keep = 1 - FMOE_NORM_MOMENTUM, unbiased = around_mean / (double)(T - 1);
+        running_mean[h] = (float)(keep * running_mean[h] + FMOE_NORM_MOMENTUM * mean);
+        running_var[h] = (float)(keep * running_var[h] + FMOE_NORM_MOMENTUM * unbiased);
+    }
     set_norm(s.norm, h, mean, around_mean / (double)T);
 }
 // [/join]

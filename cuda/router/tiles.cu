@@ -24,7 +24,7 @@ template <typename E> struct in_flight {
     static constexpr int wide = pack16<E>::count, row_packs = DEPTH / wide; // packs a row
     static constexpr int row_step = TILE_THREADS / row_packs;               // rows between a thread's packs
     static constexpr int x_packs = (TILE_TOKENS + row_step - 1) / row_step, gate_packs = TILE_KEYS / row_step;
-    pack16<E> x[x_packs], gate[gate_packs];
+    uint4 x[x_packs], gate[gate_packs];
 };
 
 template <typename E, bool WIDE>
@@ -58,21 +58,21 @@ __device__ inline void place(const router_norm &norm, int64_t first, const in_fl
             for (int c = 0; c < 4 && row + i * in.row_step < TILE_TOKENS;
                  c++) // in 16 bits half of the threads have none
                 tiles->x[k + j + c][row + i * in.row_step ^ swap] =
-                    normalised(to_f32(in.x[i].at[j + c]), center.at[c], scale.at[c], offset.at[c]);
+                    normalised(to_f32(unpack<E>(in.x[i]).at[j + c]), center.at[c], scale.at[c], offset.at[c]);
         for (int i = 0; i < in.gate_packs; i++)
             for (int c = 0; c < 4; c++)
-                tiles->gate[k + j + c][row + i * in.row_step ^ swap] = to_f32(in.gate[i].at[j + c]);
+                tiles->gate[k + j + c][row + i * in.row_step ^ swap] = to_f32(unpack<E>(in.gate[i]).at[j + c]);
     }
 }
 // [/place]
 
 // A thread's 8 tokens by 8 keys: two groups of four each, half a tile apart. The eight lanes of a quarter of a warp
-// read 128 bytes of x in a row and all the same 16 bytes of the gate.
+// read 128 bytes of the gate in a row and all the same 16 bytes of x.
 __device__ inline int first_row(void) {
-    return threadIdx.x % 8 * 4;
+    return threadIdx.x % GROUP / 16 * 4;
 }
 __device__ inline int first_column(void) {
-    return threadIdx.x % GROUP / 8 * 4;
+    return threadIdx.x % 16 * 4;
 }
 
 // [register-tile]

@@ -1,15 +1,8 @@
 // Rung: warpgroup products, fed by the copy engine. x̂ is split in registers, where wgmma takes its left operand from.
 #include "split.cuh"
 
-#ifndef ROUTER_STAGES
-#define ROUTER_STAGES 6
-#endif
-#ifndef ROUTER_OVERLAP
-#define ROUTER_OVERLAP true
-#endif
-#ifndef WARPGROUPS
-#define WARPGROUPS 2 // warpgroups that multiply, each every other chunk of 64 hidden units
-#endif
+#define STAGES        6
+#define WARPGROUPS    2 // that multiply, each every other chunk of 64 hidden units
 #define GROUP_THREADS 128
 #define PRODUCER_WARP (WARPGROUPS * GROUP_THREADS / WARP)
 #define WGMMA_THREADS (WARPGROUPS * GROUP_THREADS + WARP)
@@ -21,9 +14,9 @@ template <typename E> struct alignas(1024) wgmma_stage {
 };
 
 template <typename E> struct wgmma_shared {
-    wgmma_stage<E> stages[ROUTER_STAGES];
+    wgmma_stage<E> stages[STAGES];
     float logits[TILE_TOKENS * TILE_PITCH];
-    uint64_t full[ROUTER_STAGES], empty[ROUTER_STAGES];
+    uint64_t full[STAGES], empty[STAGES];
 };
 
 #define STAGE_BYTES(E) ((TILE_KEYS + TILE_TOKENS) * TILE_DEPTH * (int)sizeof(E) + 3 * TILE_DEPTH * (int)sizeof(float))
@@ -31,14 +24,14 @@ template <typename E> struct wgmma_shared {
 template <typename E>
 __device__ inline void bring_tiles(wgmma_shared<E> *s, int chunk, const CUtensorMap *x, const CUtensorMap *gate,
                                    int token, int key) {
-    int stage = chunk % ROUTER_STAGES;
+    int stage = chunk % STAGES;
     barrier_arrive_expecting(&s->full[stage], STAGE_BYTES(E));
     copy_box(s->stages[stage].x, x, chunk * TILE_DEPTH, token, &s->full[stage]);
     copy_box(s->stages[stage].gate, gate, chunk * TILE_DEPTH, key, &s->full[stage]);
 }
 
 template <typename E> __device__ inline void bring_norm(wgmma_shared<E> *s, int chunk, const router_norm &norm) {
-    int stage = chunk % ROUTER_STAGES, bytes = TILE_DEPTH * (int)sizeof(float);
+    int stage = chunk % STAGES, bytes = TILE_DEPTH * (int)sizeof(float);
     copy_bulk(s->stages[stage].center, norm.center + chunk * TILE_DEPTH, bytes, &s->full[stage]);
     copy_bulk(s->stages[stage].scale, norm.scale + chunk * TILE_DEPTH, bytes, &s->full[stage]);
     copy_bulk(s->stages[stage].offset, norm.offset + chunk * TILE_DEPTH, bytes, &s->full[stage]);
@@ -50,14 +43,14 @@ template <typename E> __device__ inline void bring_norm(wgmma_shared<E> *s, int 
 template <typename E>
 __device__ inline void produce(wgmma_shared<E> *s, const router_job &job, const CUtensorMap *x, const CUtensorMap *gate,
                                int token, int key, int chunks) {
-    int first = chunks < ROUTER_STAGES ? chunks : ROUTER_STAGES;
+    int first = chunks < STAGES ? chunks : STAGES;
     for (int chunk = 0; chunk < first; chunk++)
         bring_tiles(s, chunk, x, gate, token, key);
     wait_for_kernel_before();
     for (int chunk = 0; chunk < first; chunk++)
         bring_norm(s, chunk, job.norm);
     for (int chunk = first; chunk < chunks; chunk++) {
-        barrier_wait(&s->empty[chunk % ROUTER_STAGES], (chunk / ROUTER_STAGES - 1) % 2);
+        barrier_wait(&s->empty[chunk % STAGES], (chunk / STAGES - 1) % 2);
         bring_tiles(s, chunk, x, gate, token, key);
         bring_norm(s, chunk, job.norm);
     }
@@ -106,12 +99,12 @@ template <typename E> __device__ inline void consume(wgmma_shared<E> *s, int gro
     int row = threadIdx.x / WARP % 4 * 16, chunk = group;
     unsigned hi[2][2][4], lo[2][2][4];
     do {
-        int stage = chunk % ROUTER_STAGES;
-        barrier_wait(&s->full[stage], chunk / ROUTER_STAGES % 2);
+        int stage = chunk % STAGES;
+        barrier_wait(&s->full[stage], chunk / STAGES % 2);
         multiply_half(s->stages[stage], row, 0, hi[0], lo[0], sums);
         wgmma_wait<1>(); // the chunk before is done with
         if (chunk >= WARPGROUPS && threadIdx.x % WARP == 0)
-            barrier_arrive(&s->empty[(chunk - WARPGROUPS) % ROUTER_STAGES]);
+            barrier_arrive(&s->empty[(chunk - WARPGROUPS) % STAGES]);
         multiply_half(s->stages[stage], row, 1, hi[1], lo[1], sums);
         wgmma_wait<1>(); // the first half's registers are free
         chunk += WARPGROUPS;
@@ -147,7 +140,7 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1)
     router_tile at = router_tile_of(job);
     int warp = threadIdx.x / WARP, chunks = (int)((job.d + TILE_DEPTH - 1) / TILE_DEPTH);
     if (threadIdx.x == 0) {
-        for (int stage = 0; stage < ROUTER_STAGES; stage++) {
+        for (int stage = 0; stage < STAGES; stage++) {
             barrier_init(&s->full[stage], 1);
             barrier_init(&s->empty[stage], GROUP_THREADS / WARP);
         }
@@ -176,8 +169,8 @@ template <typename E> static fmoe_status run(router_job job, const fmoe_router_a
     TRY(describe_matrix("router_gate.weight", &gate_map, args->dtype, args->gate, 2 * args->n, args->d, TILE_KEYS));
     TRY(cuda_call("wgmma_kernel",
                   cudaFuncSetAttribute(wgmma_kernel<E>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared)));
-    return launch_overlapping("wgmma_kernel", ROUTER_OVERLAP, wgmma_kernel<E>, router_tiles(job), WGMMA_THREADS, shared,
-                              stream, job, x_map, gate_map, (const E *)args->x, (const E *)args->gate);
+    return launch_overlapping("wgmma_kernel", true, wgmma_kernel<E>, router_tiles(job), WGMMA_THREADS, shared, stream,
+                              job, x_map, gate_map, (const E *)args->x, (const E *)args->gate);
 }
 
 extern "C" fmoe_status cuda_router_wgmma(const void *arguments, void *workspace, size_t bytes, void *stream) {
@@ -189,7 +182,7 @@ extern "C" fmoe_status cuda_router_wgmma(const void *arguments, void *workspace,
     if (args->T == 0)
         return FMOE_OK;
     router_job job = router_job_of(args, s);
-    TRY(router_set_norm(args, s, ROUTER_OVERLAP, (cudaStream_t)stream));
+    TRY(router_set_norm(args, s, true, (cudaStream_t)stream));
     if (args->dtype == FMOE_F16)
         TRY(run<__half>(job, args, (cudaStream_t)stream));
     else

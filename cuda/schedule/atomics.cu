@@ -16,10 +16,11 @@ __global__ void count_pairs(schedule_task a, int *counts) {
 
 // One block of 1,024 threads; 128 bytes of shared memory. Reads N + 1 counts, writes N + 1 offsets and as many places.
 __global__ void scan_experts(schedule_task a, int *counts) {
-    __shared__ int sums[SCAN_THREADS / WARP];
+    __shared__ __align__(16) int sums[2 * SCAN_THREADS / WARP];
     for (int first = 0, base = 0, total; first <= a.N; first += blockDim.x, base += total) {
         int expert = first + threadIdx.x, count = expert <= a.N ? counts[expert] : 0;
-        int place = base + scan_block(count, sums, &total);
+        int place =
+            base + scan_block<SCAN_THREADS / WARP>(count, SCAN_THREADS / WARP, first / SCAN_THREADS % 2, sums, &total);
         if (expert <= a.N)
             a.offsets[expert] = counts[expert] = place;
     }

@@ -1,8 +1,7 @@
 /* The ladder of schedule on the GPU (chapter 4): from atomics and a sort to two kernels that any routing keeps busy. */
+#include "../fmoe_cuda.h"
 #include "../rungs.h"
 #include "schedule.h"
-#include "schedule_api.h"
-
 static bool within_limits(const void *args) {
     const fmoe_schedule_args *a = args;
     return a->N <= FMOE_CUDA_MAX_EXPERTS;

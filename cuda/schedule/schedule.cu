@@ -1,8 +1,6 @@
 // schedule: the checks that all rungs share.
 #include "schedule.cuh"
 
-#include "schedule_api.h"
-
 fmoe_status schedule_make(int64_t T, int64_t K, int64_t N, const int32_t *indices, int32_t *offsets, int32_t *pairs,
                           void *workspace, size_t workspace_bytes, size_t needed, schedule_task *task) {
     TRY(fmoe_check_tokens(T));

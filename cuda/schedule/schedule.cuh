@@ -1,5 +1,4 @@
-// What the rungs of schedule share: their arguments, the checks, the note about bad indices, a block's scan, and the
-// rank of a lane among the lanes that hold the same number.
+// What the rungs of schedule share: their arguments, the checks, a block's scan, and the note about bad indices.
 #ifndef FMOE_SCHEDULE_CUH
 #define FMOE_SCHEDULE_CUH
 
@@ -37,44 +36,31 @@ __device__ inline int expert_of(const schedule_task &a, int pair) {
 }
 
 // [scan]
-// The sum of the values of the threads before this one, and of all. A warp adds by shuffles, in five steps; the warps'
-// sums meet in shared memory. sums: [warps]. Every thread of the block calls it.
-template <typename V> __device__ V scan_block(V value, V *sums, V *total) {
-    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
+// The sum of the values of the threads before this one, and of all, in a block of WARPS warps. A warp adds by shuffles,
+// in five steps; the warps' sums meet in shared memory. Warps from `active` on have nothing to add. sums: [2, WARPS],
+// 16 bytes aligned; taking the halves in turns makes one barrier enough. Every thread of the block calls it.
+template <int WARPS, typename V> __device__ inline V scan_block(V value, int active, int turn, V *sums, V *total) {
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     V inclusive = value, before = 0, all = 0;
-    for (int step = 1; step < WARP; step *= 2) {
-        V other = __shfl_up_sync(ALL_LANES, inclusive, step);
-        inclusive += lane >= step ? other : 0;
-    }
+    sums += turn * WARPS;
+    if (warp < active)
+#pragma unroll
+        for (int step = 1; step < WARP; step *= 2) {
+            V other = __shfl_up_sync(ALL_LANES, inclusive, step);
+            inclusive += lane >= step ? other : 0;
+        }
     if (lane == WARP - 1)
         sums[warp] = inclusive;
     __syncthreads();
-    for (int w = 0; w < warps; w++) {
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) {
         before += w < warp ? sums[w] : 0;
         all += sums[w];
     }
-    __syncthreads();
     *total = all;
     return before + inclusive - value;
 }
 // [/scan]
-
-// [take-places]
-// The lanes of a warp hold consecutive pairs. Each takes the next place of its digit's counter, in the order of lanes:
-// who holds the same digit is one instruction, the earlier ones among them are counted, and the first moves the counter
-// on. Digit -1: no pair.
-__device__ inline int take_place(int digit, unsigned peers, int *counters) {
-    int lane = threadIdx.x % WARP, place = 0;
-    int rank = __popc(peers & ((1u << lane) - 1));
-    if (digit >= 0)
-        place = counters[digit];
-    __syncwarp();
-    if (digit >= 0 && rank == 0)
-        counters[digit] = place + __popc(peers);
-    __syncwarp();
-    return place + rank;
-}
-// [/take-places]
 
 // The note of a call of which `good` pairs have an expert, by all threads of one block. Where all have, that is two
 // stores; else the block looks for the first one, and gives all tokens up to there a line.
@@ -86,6 +72,7 @@ __device__ inline void note_bad_indices(const schedule_task &a, int good) {
             first = INT32_MAX;
         __syncthreads();
         bool found = false;
+#pragma unroll 1
         for (int64_t begin = 0; begin < a.num_pairs && !found; begin += blockDim.x) {
             int64_t pair = begin + threadIdx.x;
             bool bad = pair < a.num_pairs && expert_of(a, (int)pair) == a.N;
@@ -95,6 +82,7 @@ __device__ inline void note_bad_indices(const schedule_task &a, int good) {
         }
         int t = first / a.K, k = first % a.K;
         cuda_note_line *lines = cuda_note_lines(a.note);
+#pragma unroll 1
         for (int64_t line = threadIdx.x; line < t; line += blockDim.x)
             lines[line] = {-1, 0};
         if (threadIdx.x == 0)

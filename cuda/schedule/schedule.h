@@ -14,8 +14,6 @@ fmoe_rung_fn cuda_schedule_atomics, cuda_schedule_radix_cub, cuda_schedule_slice
 fmoe_workspace_fn cuda_schedule_atomics_workspace, cuda_schedule_radix_cub_workspace, cuda_schedule_slices_workspace,
     cuda_schedule_levels_workspace;
 
-extern const fmoe_rung cuda_schedule_rungs[];
-
 #ifdef __cplusplus
 }
 #endif

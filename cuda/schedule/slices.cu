@@ -48,21 +48,23 @@ __global__ void count_slices(slice_task s) {
 // [scan-tiles]
 // A block of 1,024 threads a tile of 4,096 counters. Reads them, writes the tile's sum.
 __global__ void sum_tiles(slice_task s) {
-    __shared__ int sums[SCAN_THREADS / WARP];
+    __shared__ __align__(16) int sums[2 * SCAN_THREADS / WARP];
     int64_t begin = (int64_t)blockIdx.x * SCAN_TILE;
     int sum = 0, total;
     for (int i = threadIdx.x; i < SCAN_TILE; i += SCAN_THREADS)
         sum += begin + i < s.counters ? s.counts[begin + i] : 0;
-    scan_block(sum, sums, &total);
+    scan_block<SCAN_THREADS / WARP>(sum, SCAN_THREADS / WARP, 0, sums, &total);
     if (threadIdx.x == 0)
         s.tiles[blockIdx.x] = total;
 }
 
 // One block: the sums of the tiles become their beginnings.
 __global__ void scan_tiles(slice_task s, int tiles) {
-    __shared__ int sums[SCAN_THREADS / WARP];
+    __shared__ __align__(16) int sums[2 * SCAN_THREADS / WARP];
     for (int first = 0, base = 0, total; first < tiles; first += SCAN_THREADS, base += total) {
-        int tile = first + threadIdx.x, begin = base + scan_block(tile < tiles ? s.tiles[tile] : 0, sums, &total);
+        int tile = first + threadIdx.x,
+            begin = base + scan_block<SCAN_THREADS / WARP>(tile < tiles ? s.tiles[tile] : 0, SCAN_THREADS / WARP,
+                                                           first / SCAN_THREADS % 2, sums, &total);
         if (tile < tiles)
             s.tiles[tile] = begin;
     }
@@ -70,14 +72,14 @@ __global__ void scan_tiles(slice_task s, int tiles) {
 
 // A block a tile. Reads and writes the counters, which become places; the first slice's are the offsets.
 __global__ void place_tiles(slice_task s) {
-    __shared__ int sums[SCAN_THREADS / WARP];
+    __shared__ __align__(16) int sums[2 * SCAN_THREADS / WARP];
     int64_t first = (int64_t)blockIdx.x * SCAN_TILE + (int64_t)threadIdx.x * SCAN_EACH;
     int held[SCAN_EACH], sum = 0, total;
     for (int i = 0; i < SCAN_EACH; i++) {
         held[i] = first + i < s.counters ? s.counts[first + i] : 0;
         sum += held[i];
     }
-    int place = s.tiles[blockIdx.x] + scan_block(sum, sums, &total);
+    int place = s.tiles[blockIdx.x] + scan_block<SCAN_THREADS / WARP>(sum, SCAN_THREADS / WARP, 0, sums, &total);
     for (int i = 0; i < SCAN_EACH; i++) {
         if (first + i >= s.counters)
             break;

@@ -1,14 +1,7 @@
-// Two levels: sizes, launches, and the rungs that are made of them. fmoe_cuda_schedule calls the last one.
+// Two levels: sizes, launches, and the rungs that are made of them. fmoe_cuda_schedule calls the last one
+// that the device has.
 #include "two_levels.cuh"
 
-#include "schedule_api.h"
-
-#ifndef CHUNK0
-#define CHUNK0 11
-#endif
-#ifndef BUCKETS0
-#define BUCKETS0 128
-#endif
 static int bits_for(int64_t count) {
     int bits = 0;
     while ((int64_t)1 << bits < count)
@@ -16,23 +9,16 @@ static int bits_for(int64_t count) {
     return bits;
 }
 
-static int warps_for(int digits, int counters) {
-    int warps = MAX_WARPS;
-    while (warps > 1 && warps * digits > counters)
-        warps /= 2;
-    return warps;
-}
-
 // [geometry]
 // Chunks of 2,048 pairs, then of 4,096, then of whatever keeps their number at 2,048. About as many buckets as make
 // 2,048 pairs each, but at least 128, one a multiprocessor, if there are so many experts, and not so few that a bucket
 // has more experts than a block has counters for.
 static void choose_sizes(int64_t num_pairs, int64_t N, levels *l) {
-    l->chunk_bits = num_pairs <= (1 << 19) ? CHUNK0 : 12;
-    while (ceil_div(num_pairs, (int64_t)1 << l->chunk_bits) > 2048)
+    l->chunk_bits = num_pairs <= (1 << 19) ? 11 : 12;
+    while (ceil_div(num_pairs, (int64_t)1 << l->chunk_bits) > MAX_CHUNKS)
         l->chunk_bits++;
     l->chunks = (int)ceil_div(num_pairs, (int64_t)1 << l->chunk_bits);
-    int64_t most = num_pairs / 2048 > BUCKETS0 ? num_pairs / 2048 : BUCKETS0;
+    int64_t most = num_pairs / 2048 > 128 ? num_pairs / 2048 : 128;
     most = most < 2048 ? most : 2048;
     l->low_bits = bits_for(ceil_div(N, most));
     if (l->low_bits > 10)
@@ -43,16 +29,16 @@ static void choose_sizes(int64_t num_pairs, int64_t N, levels *l) {
 
 size_t levels_lay_out(int64_t num_pairs, int64_t N, bool even, char *memory, levels *l) {
     choose_sizes(num_pairs, N, l);
-    l->chunk_warps = warps_for(l->buckets, CHUNK_COUNTERS);
-    l->bucket_warps = warps_for(1 << l->low_bits, BUCKET_COUNTERS);
-    l->slice = l->bucket_warps * GROUP;
+    l->chunk_warps = l->buckets <= MANY_BUCKETS ? MANY_WARPS : FEW_WARPS;
+    l->bucket_warps = 1 << l->low_bits <= MANY_EXPERTS ? MANY_WARPS : FEW_WARPS;
+    l->slice = l->bucket_warps * BUCKET_ROWS * WARP;
     l->even = even;
-    // A helper adds up a small table faster than a kernel starts.
+    // Each helper adds up a small table itself; for a large one that is a kernel of its own.
     l->planned = even && (int64_t)l->buckets * l->chunks > 32768;
     size_t records = round_256((size_t)num_pairs * sizeof(uint32_t));
     size_t starts = round_256((size_t)(l->buckets + 1) * (size_t)l->chunks * sizeof(int32_t));
     size_t bases = round_256((size_t)(l->buckets + 1) * sizeof(int32_t));
-    size_t heavy = ((size_t)l->chunks << (HEAVY_BITS + l->low_bits)) * sizeof(int32_t);
+    size_t heavy = ((size_t)l->chunks * HEAVY_SLOTS << l->low_bits) * sizeof(int32_t);
     l->records = (uint32_t *)memory;
     l->starts = (int32_t *)(memory + records);
     l->bases = (int32_t *)(memory + records + starts);
@@ -63,10 +49,15 @@ size_t levels_lay_out(int64_t num_pairs, int64_t N, bool even, char *memory, lev
 // [launch]
 // With overlap the kernel's blocks may start before the kernel in front of it has finished: wait_for_previous is where
 // they wait for its results.
-static fmoe_status launch(const char *name, void (*kernel)(levels), int blocks, int threads, size_t shared,
-                          bool overlap, const levels *l, cudaStream_t stream) {
-    if (shared > 47 * 1024) // more has to be asked for
-        TRY(cuda_call(name, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared)));
+static fmoe_status launch(const char *name, levels_kernel *kernel, int blocks, int threads, size_t shared, bool overlap,
+                          const levels *l, cudaStream_t stream) {
+    // More than 48 KB, of which the kernels' own variables take up to 1 KB, has to be asked for.
+    if (shared > 47 * 1024 &&
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared) != cudaSuccess) {
+        cudaGetLastError(); // forgotten: the status says it
+        return fmoe_fail(FMOE_UNSUPPORTED, "%s needs %zu bytes of shared memory a block, more than this GPU has", name,
+                         shared);
+    }
     cudaLaunchAttribute early = {};
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     early.val.programmaticStreamSerializationAllowed = 1;
@@ -85,11 +76,13 @@ static fmoe_status run(levels *l, bool overlap, cudaStream_t stream) {
     if (l->call.T == 0)
         return schedule_nothing(&l->call, stream);
     int helpers = l->even ? l->call.num_pairs / l->slice : 0;
-    TRY(launch("sort_chunk", sort_chunk, l->chunks, l->chunk_warps * WARP, sort_chunk_shared(l), false, l, stream));
+    TRY(launch("sort_chunk", sort_chunk_for(l), l->chunks, l->chunk_warps * WARP, sort_chunk_shared(l), false, l,
+               stream));
     if (l->planned)
-        TRY(launch("find_bases", find_bases, (int)ceil_div(l->buckets + 1, 8), 8 * WARP, 0, overlap, l, stream));
-    return launch("sort_bucket", sort_bucket, l->buckets + helpers, l->bucket_warps * WARP, sort_bucket_shared(l),
-                  overlap, l, stream);
+        TRY(launch("find_bases", find_bases_kernel(), (int)ceil_div(l->buckets + 1, WARP), 8 * WARP, 0, overlap, l,
+                   stream));
+    return launch("sort_bucket", sort_bucket_for(l), l->buckets + helpers, l->bucket_warps * WARP,
+                  sort_bucket_shared(l), overlap, l, stream);
 }
 
 extern "C" size_t fmoe_cuda_schedule_workspace(int64_t T, int64_t K, int64_t N) {

@@ -1,112 +1,168 @@
 // Two levels, the first: every chunk of pairs sorted by bucket.
 #include "two_levels.cuh"
 
-size_t sort_chunk_shared(const levels *l) {
-    int chunk = 1 << l->chunk_bits;
-    return sizeof(int) * (size_t)(l->chunk_warps * l->buckets + (chunk <= MAX_STAGED ? chunk : 0));
+typedef struct {
+    int *counters;    // [warps, buckets]
+    int *histogram;   // [heavy_batch, digits]
+    uint32_t *sorted; // the chunk's records: in shared memory if they fit, else in place
+} chunk_memory;
+
+// So many histograms of heavy segments are counted at a time: 8 KB, all 16 of them if a bucket has up to 128 experts.
+__host__ __device__ static inline int heavy_batch(const levels &a) {
+    int most = 2048 >> a.low_bits;
+    return most < HEAVY_SLOTS ? most : HEAVY_SLOTS;
 }
 
-// Row j of a group is one coalesced load. -1 behind the end.
-__device__ inline void load_experts(const levels &a, int begin, int first, int end, int (&expert)[LANE_PAIRS]) {
+__host__ __device__ static inline bool is_staged(const levels &a) {
+    return 1 << a.chunk_bits <= MAX_STAGED;
+}
+
+size_t sort_chunk_shared(const levels *l) {
+    int histogram = l->even ? heavy_batch(*l) << l->low_bits : 0, staged = is_staged(*l) ? 1 << l->chunk_bits : 0;
+    return sizeof(int) * (size_t)(l->chunk_warps * l->buckets + histogram + staged);
+}
+
+__device__ inline chunk_memory lay_out_shared(const levels &a, int *shared) {
+    chunk_memory m;
+    m.counters = shared;
+    m.histogram = m.counters + a.chunk_warps * a.buckets;
+    m.sorted = is_staged(a) ? (uint32_t *)(m.histogram + (a.even ? heavy_batch(a) << a.low_bits : 0))
+                            : a.records + ((int64_t)blockIdx.x << a.chunk_bits);
+    return m;
+}
+
+// One coalesced load a row; behind the end, the last pair again and no expert.
+template <int ROWS>
+__device__ inline void load_experts(const levels &a, int begin, int first, int end, int (&expert)[ROWS]) {
+    int position = first + threadIdx.x % WARP;
 #pragma unroll
-    for (int j = 0; j < LANE_PAIRS; j++) {
-        int position = first + j * WARP + threadIdx.x % WARP;
-        expert[j] = position < end ? expert_of(a.call, begin + position) : -1;
+    for (int j = 0; j < ROWS; j++)
+        expert[j] = a.call.indices[begin + min(position + j * WARP, end - 1)];
+#pragma unroll
+    for (int j = 0; j < ROWS; j++)
+        expert[j] = position + j * WARP < end ? (int)min((unsigned)expert[j], (unsigned)a.call.N) : -1;
+}
+
+template <int ROWS>
+__device__ inline void rank_in_buckets(const levels &a, const int (&expert)[ROWS], int *counters, int (&rank)[ROWS]) {
+    int bucket[ROWS];
+#pragma unroll
+    for (int j = 0; j < ROWS; j++)
+        bucket[j] = expert[j] >> a.low_bits; // -1 stays -1
+    take_ranks(bucket, 32 - __clz(a.buckets - 1), counters, rank);
+}
+
+typedef struct {
+    int count, begin[HEAVY_SLOTS], end[HEAVY_SLOTS];
+} heavy_list;
+
+// Counters become places, by bucket and then by warp; the chunk's row of starts; its heavy segments. Ends with a
+// barrier.
+template <int WARPS>
+__device__ inline void place_buckets(const levels &a, int count, int *counters, heavy_list *heavy) {
+    __shared__ __align__(16) int sums[2 * WARPS];
+    int32_t *starts = a.starts + (int64_t)blockIdx.x * (a.buckets + 1);
+    for (int first = 0, base = 0, turn = 0, total; first < a.buckets; first += WARPS * WARP, base += total, turn ^= 1) {
+        int active = warps_for<WARPS>(a.buckets - first), bucket = first + threadIdx.x, held[WARPS], size = 0;
+        bool inside = bucket < a.buckets;
+        if (threadIdx.x / WARP < active)
+            size = sum_column<WARPS>(counters, a.buckets, min(bucket, a.buckets - 1), held);
+        size = inside ? size : 0;
+        int place = base + scan_block<WARPS>(size, active, turn, sums, &total);
+        if (inside) {
+            starts[bucket] = place;
+            place_column<WARPS>(counters, a.buckets, bucket, held, place);
+            if (size >= 1 << heavy_bits(a)) {
+                int entry = atomicAdd(&heavy->count, 1);
+                heavy->begin[entry] = place;
+                heavy->end[entry] = place + size;
+            }
+        }
     }
+    if (threadIdx.x == 0)
+        starts[a.buckets] = count;
+    __syncthreads();
 }
 
 // [heavy]
-// A segment this long would be counted again by every block that shares its bucket, so its histogram is kept. Two heavy
-// segments begin at least a heavy length apart: the beginning, divided by that, is a slot of its own.
-__device__ void count_heavy(const levels &a, const int *ends, const uint32_t *sorted) {
-    __shared__ int bucket_of[1 << HEAVY_BITS];
-    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
-    int least = 1 << (a.chunk_bits - HEAVY_BITS), digits = 1 << a.low_bits, found = 0;
-    if (threadIdx.x < 1 << HEAVY_BITS)
-        bucket_of[threadIdx.x] = -1;
-    __syncthreads();
-    for (int b = threadIdx.x; b < a.buckets; b += blockDim.x) {
-        int begin = b ? ends[b - 1] : 0;
-        if (ends[b] - begin >= least) {
-            bucket_of[begin / least] = b;
-            found = 1;
+// Every block that takes a share of a bucket must know what the others place. It would count a heavy segment again, so
+// the segment's histogram is kept. Two heavy segments begin at least a heavy length apart: each has a slot.
+template <int THREADS> __device__ void count_heavy(const levels &a, const heavy_list &heavy, const chunk_memory &m) {
+    int batch = heavy_batch(a);
+    for (int first = 0; first < heavy.count; first += batch) {
+        int entries = min(batch, heavy.count - first);
+#pragma unroll 1
+        for (int i = threadIdx.x; i < entries << a.low_bits; i += THREADS)
+            m.histogram[i] = 0;
+        __syncthreads();
+#pragma unroll 1
+        for (int e = 0; e < entries; e++)
+            for (int i = heavy.begin[first + e] + threadIdx.x; i < heavy.end[first + e]; i += THREADS)
+                atomicAdd(m.histogram + (e << a.low_bits) + (m.sorted[i] >> POSITION_BITS), 1);
+        __syncthreads();
+#pragma unroll 1
+        for (int i = threadIdx.x; i < entries << a.low_bits; i += THREADS) {
+            int slot = heavy.begin[first + (i >> a.low_bits)] >> heavy_bits(a), digit = i & ((1 << a.low_bits) - 1);
+            a.heavy[(((int64_t)blockIdx.x * HEAVY_SLOTS + slot) << a.low_bits) + digit] = m.histogram[i];
         }
-    }
-    if (!__syncthreads_or(found))
-        return;
-    for (int slot = warp; slot < 1 << HEAVY_BITS; slot += warps) {
-        int b = bucket_of[slot];
-        if (b < 0)
-            continue;
-        int32_t *counts = a.heavy + ((int64_t)(blockIdx.x << HEAVY_BITS) + slot) * digits;
-        for (int digit = lane; digit < digits; digit += WARP)
-            counts[digit] = 0;
-        __syncwarp();
-        for (int i = (b ? ends[b - 1] : 0); i < ends[b]; i += WARP) {
-            int digit = i + lane < ends[b] ? (int)(sorted[i + lane] >> POSITION_BITS) : -1;
-            unsigned peers = __match_any_sync(ALL_LANES, digit);
-            if (digit >= 0 && lane == __ffs(peers) - 1)
-                atomicAdd(counts + digit, __popc(peers));
-        }
+        __syncthreads();
     }
 }
 // [/heavy]
 
 // [sort-chunk]
-// A block a chunk, up to 16 warps, each with consecutive pairs. Shared memory: warps · buckets counters and the chunk's
-// records, 16 KB + 8 to 16 KB. Reads the indices (twice, then from a cache, if a warp has more than 256), writes 4
-// bytes a pair and the chunk's column of starts.
-__global__ void __launch_bounds__(MAX_WARPS *WARP, PER_SM) sort_chunk(levels a) {
-    extern __shared__ int counters[];
-    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
-    int begin = blockIdx.x << a.chunk_bits, count = records_in_chunk(a, blockIdx.x);
-    int each = (1 << a.chunk_bits) / warps, first = warp * each, end = min(first + each, count);
-    int *mine = counters + warp * a.buckets, expert[LANE_PAIRS], bucket[LANE_PAIRS];
-    unsigned peers[LANE_PAIRS];
-    bool staged = 1 << a.chunk_bits <= MAX_STAGED;
-    uint32_t *sorted = staged ? (uint32_t *)(counters + warps * a.buckets) : a.records + begin;
+// A block a chunk, 16 or 4 warps, each with consecutive pairs. Shared memory: warps · buckets counters, the chunk's
+// records and 8 KB; 24 to 56 KB. Reads the indices (again, from a cache, if a warp has more rows than fit registers),
+// writes 4 bytes a pair and the chunk's row of starts.
+template <int WARPS, int ROWS> __global__ void __launch_bounds__(WARPS *WARP, 2) sort_chunk(levels a) {
+    extern __shared__ int shared[];
+    __shared__ heavy_list heavy;
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    int begin = blockIdx.x << a.chunk_bits, count = min(1 << a.chunk_bits, a.call.num_pairs - begin);
+    int each = (1 << a.chunk_bits) / WARPS, first = warp * each, end = min(first + each, count);
+    bool again = each > ROWS * WARP; // more rows than registers
+    chunk_memory m = lay_out_shared(a, shared);
+    int *counters = m.counters + warp * a.buckets, expert[ROWS], rank[ROWS];
     let_next_start();
-
-    load_experts(a, begin, first, end, expert);
-    for (int b = lane; b < a.buckets; b += WARP)
-        mine[b] = 0;
-    __syncwarp();
-    for (int group = first; group < end; group += GROUP) {
-        if (group > first)
-            load_experts(a, begin, group, end, expert);
-#pragma unroll
-        for (int j = 0; j < LANE_PAIRS; j++)
-            if (expert[j] >= 0)
-                atomicAdd(mine + (expert[j] >> a.low_bits), 1);
-    }
-    __syncthreads();
-    scan_counters(a.buckets, 0, counters, NULL, NULL, a.starts + blockIdx.x, a.chunks, a.buckets);
+    if (first < end)
+        load_experts(a, begin, first, end, expert);
+    clear_row(a.buckets, counters);
     if (threadIdx.x == 0)
-        a.starts[(int64_t)a.buckets * a.chunks + blockIdx.x] = count;
-
-    for (int group = first; group < end; group += GROUP) {
-        if (each > GROUP)
-            load_experts(a, begin, group, end, expert);
-#pragma unroll
-        for (int j = 0; j < LANE_PAIRS; j++)
-            bucket[j] = expert[j] >> a.low_bits; // -1 stays -1
-        int rows = rows_of(group, end);
-        match_group(rows, bucket, peers);
-#pragma unroll
-        for (int j = 0; j < LANE_PAIRS; j++)
-            if (j < rows) {
-                int place = take_place(bucket[j], peers[j], mine);
-                if (expert[j] >= 0)
-                    sorted[place] = (uint32_t)(expert[j] & ((1 << a.low_bits) - 1)) << POSITION_BITS |
-                                    (uint32_t)(group + j * WARP + lane);
-            }
+        heavy.count = 0;
+    for (int row = first; row < end; row += ROWS * WARP) {
+        if (row > first)
+            load_experts(a, begin, row, end, expert);
+        rank_in_buckets(a, expert, counters, rank);
     }
     __syncthreads();
-    if (staged)
-        for (int i = threadIdx.x; i < count; i += blockDim.x)
-            a.records[begin + i] = sorted[i];
-    // The last warp's counters have moved on to where the buckets end.
+    place_buckets<WARPS>(a, count, m.counters, &heavy);
+    for (int row = first; row < end; row += ROWS * WARP) {
+        if (again) { // the counters are places by now
+            load_experts(a, begin, row, end, expert);
+            rank_in_buckets(a, expert, counters, rank);
+        } else {
+#pragma unroll
+            for (int j = 0; j < ROWS; j++)
+                rank[j] += counters[max(expert[j], 0) >> a.low_bits];
+        }
+#pragma unroll
+        for (int j = 0; j < ROWS; j++)
+            if (expert[j] >= 0)
+                m.sorted[rank[j]] = (uint32_t)(expert[j] & ((1 << a.low_bits) - 1)) << POSITION_BITS |
+                                    (uint32_t)(row + j * WARP + lane);
+    }
+    __syncthreads();
+    if (is_staged(a))
+#pragma unroll 4
+        for (int i = threadIdx.x; i < count; i += WARPS * WARP)
+            a.records[begin + i] = m.sorted[i];
     if (a.even)
-        count_heavy(a, counters + (warps - 1) * a.buckets, sorted);
+        count_heavy<WARPS * WARP>(a, heavy, m);
 }
 // [/sort-chunk]
+
+levels_kernel *sort_chunk_for(const levels *l) {
+    if (l->chunk_warps == FEW_WARPS)
+        return sort_chunk<FEW_WARPS, 8>;
+    return (1 << l->chunk_bits) / MANY_WARPS <= 4 * WARP ? sort_chunk<MANY_WARPS, 4> : sort_chunk<MANY_WARPS, 8>;
+}

@@ -27,7 +27,8 @@ fmoe_status backward_from_args(const void *args, void *workspace, size_t workspa
                                backward_task *task) {
     const fmoe_topk_backward_args *a = (const fmoe_topk_backward_args *)args;
     TRY(backward_check(a->T, a->n, a->K, a->dtype, a->logits, a->indices, a->dlogits));
-    TRY(check_workspace(workspace, workspace_bytes, needed));
+    if (a->T > 0 || workspace)
+        TRY(check_workspace(workspace, workspace_bytes, needed));
     *task = {(int)a->T, (int)a->n,  (int)a->K, a->norm_topk_prob,   a->dtype,   a->logits, a->indices, a->dweights,
              NULL,      a->dlogits, workspace, reciprocal_of(a->n), a->T * a->n};
     return FMOE_OK;

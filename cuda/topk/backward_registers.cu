@@ -179,6 +179,8 @@ template <typename E> static fmoe_status launch_for_keys(const backward_task &a,
 }
 
 static fmoe_status run(const backward_task &a, cudaStream_t stream) {
+    if (a.T == 0 && !a.workspace)
+        return FMOE_OK;
     if (a.T == 0) // no token's warp writes the note
         return cuda_call("cudaMemsetAsync", cudaMemsetAsync(a.workspace, 0, CUDA_NOTE_BYTES, stream));
     WITH_DTYPE(a.dtype, E, return launch_for_keys<E>(a, stream));
@@ -205,7 +207,8 @@ extern "C" fmoe_status fmoe_cuda_topk_backward(int64_t T, int64_t n, int64_t K, 
                                                const float *dscores, float *dlogits, void *workspace,
                                                size_t workspace_bytes, void *stream) {
     TRY(backward_check(T, n, K, dtype, logits, indices, dlogits));
-    TRY(check_workspace(workspace, workspace_bytes, cuda_note_workspace(T)));
+    if (T > 0 || workspace)
+        TRY(check_workspace(workspace, workspace_bytes, cuda_note_workspace(T)));
     backward_task a = {(int)T,  (int)n,  (int)K,    norm_topk_prob,   dtype, logits, indices, dweights,
                        dscores, dlogits, workspace, reciprocal_of(n), T * n};
     return run(a, (cudaStream_t)stream);

@@ -16,12 +16,11 @@ __device__ inline typename Shape::candidate held_at(const topk_task &a, const ty
 // [sort-wide]
 // Sorts 64-bit keys, the sum's bits above the complement of the pair's keys.
 template <typename Shape, int P, int R>
-__device__ inline void sort_wide(const topk_task &a, const typename Shape::memory &m, int count, int lane,
-                                 uint32_t *keys) {
+__device__ inline void sort_wide(const topk_task &a, typename Shape::memory &m, int count, int lane) {
     uint64_t key[P];
 #pragma unroll
     for (int r = 0; r < P; r++) {
-        int place = r * WARP + lane;
+        int place = r * Shape::lanes + lane % Shape::lanes;
         key[r] = 0;
         if (Shape::select ? place < count : exists<Shape>(a, place, stairs.pair[place])) {
             typename Shape::candidate c = held_at<Shape>(a, m, place);
@@ -29,38 +28,28 @@ __device__ inline void sort_wide(const topk_task &a, const typename Shape::memor
         }
     }
     Shape::choice_network::sort(key, lane);
+    __syncwarp();
 #pragma unroll
     for (int r = 0; r < R; r++)
-        keys[r] = index_of(key[r]) & Shape::pair_mask;
+        ((uint32_t *)m.kept)[r * Shape::lanes + lane % Shape::lanes] = index_of(key[r]) & Shape::pair_mask;
 }
 // [/sort-wide]
 
-// Is every one of the first K followed by a smaller sum, or by an equal one with a larger pair?
-template <typename Shape, int R>
-__device__ inline bool in_order(const topk_task &a, const typename Shape::memory &m, int lane, const uint32_t *keys) {
-    typedef typename Shape::choice_network network;
-    int place = network::place(lane), next = network::lane_at((place + 1) % WARP);
-    float sum[R + 1];
-    uint32_t after[R + 1];
-#pragma unroll
-    for (int r = 0; r < R; r++) {
-        sum[r] = m.value[0][keys[r] >> Shape::key_bits] + m.value[1][keys[r] & Shape::key_mask];
-        after[r] = keys[r];
-    }
-    sum[R] = __shfl_sync(ALL_LANES, sum[0], next);
-    after[R] = __shfl_sync(ALL_LANES, keys[0], next);
-    bool ordered = true;
-#pragma unroll
-    for (int r = 0; r < R; r++)
-        ordered &= sum[r] > sum[r + 1] || (sum[r] == sum[r + 1] && after[r] < after[r + 1]) || place * R + r + 1 >= a.K;
-    return ordered;
+// The way of any token that the fast one did not decide, kept out of its code: what is kept is sorted again, or chosen
+// again (count is −1). Each lane leaves the keys of its R pairs in the memory of the kept ones.
+template <typename Shape, int P, int R>
+__device__ inline void choose_wide(const topk_task &a, typename Shape::memory &m, int lane, int count) {
+    if constexpr (Shape::select)
+        if (count < 0)
+            count = select_wide<Shape>(a, m, lane);
+    sort_wide<Shape, P, R>(a, m, count, lane);
 }
 
 // [sort-packed]
 // Sorts 32-bit keys: how far a sum's bits lie above the threshold's, above what tells equal sums apart. If the pair
 // itself fits there, because the distances end in zeros (sums of 16-bit numbers do), that decides everything. If not,
-// the candidate's place among the held goes there, some low bits of the distance may have to go, and the order is
-// checked. Returns whether it stands.
+// the candidate's place among the held goes there, some low bits of the distance may have to go, and neighbours
+// may have to be exchanged. Returns whether that decided everything.
 template <typename Shape, int P, int R>
 __device__ inline bool sort_packed(const candidates<Shape> &list, const topk_task &a, const typename Shape::memory &m,
                                    const level &found, float best, int lane, uint32_t *keys) {
@@ -71,12 +60,11 @@ __device__ inline bool sort_packed(const candidates<Shape> &list, const topk_tas
     for (int r = 0; r < P; r++) {
         float sum;
         if constexpr (Shape::select) {
-            typename Shape::candidate c = {0, found.least};
-            if (r * WARP + lane < found.count)
-                c = m.kept[r * WARP + lane];
-            pair[r] = c.pair;
-            sum = c.sum;
-            there |= (uint32_t)(r * WARP + lane < found.count) << r;
+            bool kept = r * Shape::lanes + lane % Shape::lanes < found.count;
+            typename Shape::candidate c = m.kept[r * Shape::lanes + lane % Shape::lanes];
+            pair[r] = kept ? c.pair : 0;
+            sum = kept ? c.sum : found.least;
+            there |= (uint32_t)kept << r;
         } else {
             pair[r] = list.pairs[r];
             sum = fmaxf(list.sums[r], found.least);
@@ -87,12 +75,13 @@ __device__ inline bool sort_packed(const candidates<Shape> &list, const topk_tas
     }
     any = warp_or(any);
     int bits = 32 - __clz(rising_plain(best) - least), zeros = any ? __ffs(any) - 1 : 0;
-    bool fits = bits - zeros + 2 * Shape::key_bits <= 32;
+    bool fits = __all_sync(ALL_LANES, bits - zeros + 2 * Shape::key_bits <= 32);
     int low_bits = fits ? 2 * Shape::key_bits : Shape::held_bits;
     int drop = fits ? zeros : max(0, bits + low_bits - 32);
 #pragma unroll
     for (int r = 0; r < P; r++) {
-        uint32_t low = fits ? Shape::pair_mask ^ keys_of<Shape>(m, pair[r]) : Shape::held - 1 - r * WARP - lane;
+        uint32_t low = fits ? Shape::pair_mask ^ keys_of<Shape>(m, pair[r])
+                            : Shape::held - 1 - r * Shape::lanes - lane % Shape::lanes;
         key[r] = there >> r & 1 ? distance[r] >> drop << low_bits | low : 0;
     }
     network::sort(key, lane);
@@ -102,31 +91,39 @@ __device__ inline bool sort_packed(const candidates<Shape> &list, const topk_tas
             keys[r] = ~key[r] & Shape::pair_mask;
         return true;
     }
-    int place = network::place(lane);
+    int place = network::place(lane), base = lane & ~(Shape::lanes - 1);
+    int full = Shape::select ? found.count - 1 : Shape::held - 1;
+    float sum[R];
     uint32_t last = 0; // the K-th
 #pragma unroll
     for (int r = 0; r < R; r++) {
-        int slot = Shape::held - 1 - (key[r] & (Shape::held - 1));
-        uint32_t chosen = 0;
-        if (place * R + r < a.K) {
-            if constexpr (Shape::select)
-                chosen = m.kept[slot].pair;
-            else
-                chosen = stairs.pair[slot];
-        }
-        keys[r] = keys_of<Shape>(m, chosen);
+        int slot = min(full, (int)(Shape::held - 1 - (key[r] & (Shape::held - 1)))); // also of what holds nothing
+        typename Shape::candidate c = held_at<Shape>(a, m, slot);
+        bool wanted = place * R + r < a.K;
+        keys[r] = wanted ? keys_of<Shape>(m, c.pair) : ~0u;
+        sum[r] = wanted ? c.sum : -INFINITY;
         last = r == (a.K - 1) % R ? key[r] : last;
     }
-    last = __shfl_sync(ALL_LANES, last, network::lane_at((a.K - 1) / R)) >> low_bits << drop; // its distance
+    last = __shfl_sync(ALL_LANES, last, base | network::lane_at((a.K - 1) / R)) >> low_bits << drop; // its distance
     int reach = 0;
 #pragma unroll
     for (int r = 0; r < P; r++) {
         uint32_t far = distance[r];
         if constexpr (P > 8) // too many to keep in registers
-            far = rising_plain(r * WARP + lane < found.count ? m.kept[r * WARP + lane].sum : found.least) - least;
+            far = rising_plain(r * Shape::lanes + lane % Shape::lanes < found.count
+                                   ? m.kept[r * Shape::lanes + lane % Shape::lanes].sum
+                                   : found.least) -
+                  least;
         reach += (there >> r & 1) && far >= last;
     }
-    return warp_count(reach) == a.K && __all_sync(ALL_LANES, in_order<Shape, R>(a, m, lane, keys));
+    bool decided =
+        repair<R>(sum, keys, base | network::lane_at((place + Shape::lanes - 1) % Shape::lanes),
+                  base | network::lane_at((place + 1) % Shape::lanes), place == 0, place == Shape::lanes - 1) &&
+        warp_count(reach) == Shape::tokens * a.K;
+#pragma unroll
+    for (int r = 0; r < R; r++)
+        keys[r] &= Shape::pair_mask;
+    return decided;
 }
 // [/sort-packed]
 
@@ -160,7 +157,7 @@ template <int R, typename V> __device__ inline void store_results(V *to, const V
 
 // [finish-warp]
 template <typename Shape, int R>
-__device__ inline void finish(const topk_task &a, int64_t t, const typename Shape::memory &m, int lane, float log_sum,
+__device__ inline void finish(const topk_task &a, uint32_t t, const typename Shape::memory &m, int lane, float log_sum,
                               const uint32_t *keys) {
     int first = Shape::choice_network::place(lane) * R;
     float x_max = m.ranked[0][0], y_max = m.ranked[1][0], score[R], weight[R], largest = -INFINITY;
@@ -174,19 +171,21 @@ __device__ inline void finish(const topk_task &a, int64_t t, const typename Shap
             largest = fmaxf(largest, score[r]);
     }
     // A common factor cancels when the weights are normalised, and without it they could all underflow.
-    float shift = a.norm_topk_prob ? warp_max(largest) : 0, sum = 0;
+    float shift = a.norm_topk_prob ? token_max<Shape::lanes>(largest) : 0, sum = 0;
 #pragma unroll
     for (int r = 0; r < R; r++) {
         weight[r] = expf(score[r] - shift);
         sum += first + r < a.K ? weight[r] : 0;
     }
     if (a.norm_topk_prob) {
-        float scale = 1 / warp_sum(sum);
+        float scale = 1 / token_sum<Shape::lanes>(sum);
 #pragma unroll
         for (int r = 0; r < R; r++)
             weight[r] *= scale;
     }
-    int64_t at = t * a.K + first;
+    if (t >= (uint32_t)a.T) // the second token of the last pair
+        return;
+    uint64_t at = (uint64_t)t * a.K + first;
     constexpr int width = R < 4 ? R : 4;
     bool aligned = a.K % width == 0;
     store_results<R>(a.indices + at, index, a.K - first, aligned);
@@ -198,60 +197,101 @@ __device__ inline void finish(const topk_task &a, int64_t t, const typename Shap
 // [/finish-warp]
 
 template <typename Shape> __host__ __device__ constexpr int warps_a_block() {
-    return sizeof(typename Shape::memory) > 12000 ? 2 : 4;
+    return sizeof(typename Shape::memory) * Shape::tokens > 12000 ? 2 : 4;
 }
 
-// [warp-kernel]
-// A warp a token, 2 or 4 warps a block that never wait for one another. Shared memory: a token's logits, its ranked
-// values and keys, and the candidates kept; 1 to 14 KB a warp. Traffic: logits once, results once, and the list of
-// pairs from the caches.
-template <int S, int MOST, int FORM>
-__global__ void __launch_bounds__(warps_a_block<warp_shape<S, MOST, FORM>>() * WARP) warp_kernel(topk_task a) {
-    typedef warp_shape<S, MOST, FORM> Shape;
-    constexpr int warps = warps_a_block<Shape>(), P = Shape::held / WARP, R = Shape::choice_network::registers;
-    __shared__ typename Shape::memory memory[warps];
-    typename Shape::memory &m = memory[threadIdx.x / WARP];
-    int lane = threadIdx.x % WARP;
-    int64_t t = (int64_t)blockIdx.x * warps + threadIdx.x / WARP;
-    if (t >= a.T)
-        return;
-    candidates<Shape> list;
-    list.list(lane);
-    WITH_DTYPE(a.dtype, E, load_sides<Shape::keys, E>(a, t, lane, m.value));
+// [one-token]
+// From the logits in shared memory to the keys of the chosen pairs, best first, R a lane. Returns the log-sum.
+template <typename Shape, int S, int FORM, int P, int R>
+__device__ inline float choose(const topk_task &a, typename Shape::memory &m, candidates<Shape> &list, int lane,
+                               uint32_t *keys) {
     float log_sum = NAN;
     if (FORM != FORM_WIDE && rank_packed<Shape, S>(a, lane, m))
         log_sum = log_sums<Shape, S>(m, lane);
-    if (isnan(log_sum)) {
+    if (__builtin_expect(__any_sync(ALL_LANES, isnan(log_sum)), FORM == FORM_WIDE)) {
         rank_wide<Shape, S>(a, lane, m);
         log_sum = log_sums<Shape, S>(m, lane);
     }
-    uint32_t keys[R]; // of the chosen pairs, best first
-    level found = {0, 0, 0};
-    float least = lower_bound<Shape>(a, m, lane), best = m.ranked[0][0] + m.ranked[1][0];
-    bool plain = !isnan(log_sum) && least > -INFINITY && best < INFINITY, sorted = false;
-    if (FORM != FORM_WIDE && plain) {
+    level found = {lower_bound<Shape>(a, m, lane), 0, -1};
+    float best = m.ranked[0][0] + m.ranked[1][0];
+    bool decided = false;
+    if (FORM != FORM_WIDE &&
+        __builtin_expect(__all_sync(ALL_LANES, !isnan(log_sum) && found.least > -INFINITY && best < INFINITY), 1)) {
         list.add(a, m);
-        found.least = least;
-        if constexpr (Shape::select) {
-            plain = find_level<Shape>(list, a, m, least, best, &found);
-            if (plain)
-                compact<Shape>(list, a, m, lane, found);
-        }
-        sorted = plain && sort_packed<Shape, P, R>(list, a, m, found, best, lane, keys);
-    }
-    if (!sorted) {
         if constexpr (Shape::select)
-            if (FORM == FORM_WIDE || !plain)
-                found.count = select_wide<Shape>(a, m, lane);
-        sort_wide<Shape, P, R>(a, m, found.count, lane, keys);
+            decided = find_level<Shape>(list, a, m, found.least, best, &found);
+        else
+            decided = true;
+        if (__builtin_expect(decided, 1)) {
+            if constexpr (Shape::select)
+                compact<Shape>(list, a, m, found);
+            decided = sort_packed<Shape, P, R>(list, a, m, found, best, lane, keys);
+        } else {
+            found.count = -1;
+        }
     }
+    if (__builtin_expect(!decided, FORM == FORM_WIDE)) {
+        choose_wide<Shape, P, R>(a, m, lane, found.count);
+#pragma unroll
+        for (int r = 0; r < R; r++)
+            keys[r] = ((uint32_t *)m.kept)[r * Shape::lanes + lane % Shape::lanes];
+    }
+    return log_sum;
+}
+// [/one-token]
+
+// Registers for a thread, held down so that enough warps hide each other's waiting, and the blocks that leaves room
+// for.
+template <typename Shape> constexpr int blocks_a_multiprocessor() {
+    int registers = Shape::most > 128                                 ? 168
+                    : Shape::registers_a_side > 16                    ? 128
+                    : Shape::registers_a_side > 8 && Shape::most > 16 ? 96
+                    : Shape::most > 32                                ? 64
+                                                                      : 48;
+    int blocks = 65536 / (warps_a_block<Shape>() * WARP * registers);
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+    int most = 1024 / (warps_a_block<Shape>() * WARP); // threads of a multiprocessor on sm_75
+    blocks = blocks < most ? blocks : most;
+#endif
+    return blocks;
+}
+
+// [warp-kernel]
+// A warp a token or a pair of tokens, 2 or 4 warps a block that never wait for one another. Shared memory: a token's
+// logits, its ranked values and keys, and the candidates kept; 1 to 18 KB a token. Traffic: logits once, results once,
+// and the list of pairs from the caches.
+template <int S, int MOST, int FORM>
+__global__ void __launch_bounds__(warps_a_block<warp_shape<S, MOST, FORM>>() * WARP,
+                                  blocks_a_multiprocessor<warp_shape<S, MOST, FORM>>())
+    warp_kernel(const __grid_constant__ topk_task a) {
+    typedef warp_shape<S, MOST, FORM> Shape;
+    constexpr int warps = warps_a_block<Shape>(), P = Shape::held / Shape::lanes, R = Shape::choice_network::registers;
+    __shared__ typename Shape::memory memory[warps * Shape::tokens];
+    typename Shape::memory &m = memory[threadIdx.x / Shape::lanes];
+    int lane = threadIdx.x % WARP;
+    uint32_t t = blockIdx.x * warps * Shape::tokens + threadIdx.x / Shape::lanes, tokens = a.T;
+    if (t - lane / Shape::lanes >= tokens)
+        return;
+    uint32_t from = min(t, tokens - 1); // an odd last token is worked on twice and stored once
+    if (__builtin_expect((a.n & (a.dtype == FMOE_F32 ? 3 : 7)) == 0, 1)) {
+        uint4 piece[S / 4];
+        fetch<S, Shape::half>(a, from, lane, piece);
+        put<S, Shape::half>(a, lane, piece, m.value);
+    } else {
+        load_unaligned<Shape::half>(a, from, lane, m.value);
+    }
+    candidates<Shape> list;
+    list.list(lane);
+    uint32_t keys[R];
+    float log_sum = choose<Shape, S, FORM, P, R>(a, m, list, lane, keys);
     finish<Shape, R>(a, t, m, lane, log_sum, keys);
 }
 // [/warp-kernel]
 
 template <int S, int MOST, int FORM> fmoe_status launch_shape(const topk_task &a, cudaStream_t stream) {
-    constexpr int warps = warps_a_block<warp_shape<S, MOST, FORM>>();
-    warp_kernel<S, MOST, FORM><<<(unsigned)ceil_div(a.T, warps), warps * WARP, 0, stream>>>(a);
+    typedef warp_shape<S, MOST, FORM> Shape;
+    constexpr int warps = warps_a_block<Shape>();
+    warp_kernel<S, MOST, FORM><<<(unsigned)ceil_div(a.T, warps * Shape::tokens), warps * WARP, 0, stream>>>(a);
     return launched("warp_kernel");
 }
 
@@ -265,6 +305,15 @@ template <int S, int FORM> fmoe_status launch_keys(const topk_task &a, cudaStrea
     if (a.K <= 128)
         return launch_shape<S, 128, FORM>(a, stream);
     return launch_shape<S, TOPK_WARP_TOPK, FORM>(a, stream);
+}
+
+// Two tokens a warp.
+template <int S> fmoe_status launch_pairs(const topk_task &a, cudaStream_t stream) {
+    if (a.K <= 16)
+        return launch_shape<S, 16, FORM_PAIR>(a, stream);
+    if (a.K <= 32)
+        return launch_shape<S, 32, FORM_PAIR>(a, stream);
+    return launch_shape<S, TOPK_PAIR_TOPK, FORM_PAIR>(a, stream);
 }
 
 // The instance that fits n and K.

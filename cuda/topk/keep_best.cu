@@ -1,4 +1,4 @@
-// Rung: only the best K keys of a side are kept while it is sorted. The rung that fmoe_cuda_topk runs.
+// Rung: only the best K keys of a side are kept while it is sorted.
 #include "choice.cuh"
 
 fmoe_status topk_run_keep_best(const topk_task *task, cudaStream_t stream) {

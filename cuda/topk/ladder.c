@@ -25,6 +25,11 @@ static bool warp_fits(const void *args) {
     return a->n <= TOPK_WARP_KEYS && a->K <= TOPK_WARP_TOPK;
 }
 
+static bool pair_fits(const void *args) {
+    const fmoe_topk_args *a = args;
+    return a->n <= TOPK_PAIR_KEYS && a->K <= TOPK_PAIR_TOPK;
+}
+
 const fmoe_rung cuda_topk_rungs[] = {
     {.name = "scans-gpu",
      .level = LEVEL_CORE,
@@ -62,5 +67,11 @@ const fmoe_rung cuda_topk_rungs[] = {
      .idea = "A merge that keeps only the best K halves the registers each time, and so the work that follows.",
      .run = CUDA_RUN(cuda_topk_keep_best),
      .supports = warp_fits},
+    {.name = "pair",
+     .level = LEVEL_CORE,
+     .backend = BACKEND_CUDA,
+     .idea = "Two tokens a warp: more registers a lane and fewer shuffles, and what a warp does once serves two.",
+     .run = CUDA_RUN(cuda_topk_pair),
+     .supports = pair_fits},
     {0},
 };

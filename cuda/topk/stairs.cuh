@@ -13,7 +13,8 @@ __host__ __device__ constexpr int count_stairs(int K) {
 }
 
 struct stair_list {
-    uint32_t pair[(count_stairs(TOPK_WARP_TOPK) + WARP - 1) / WARP * WARP]; // a | b << 16
+    uint32_t pair[(count_stairs(TOPK_WARP_TOPK) + WARP - 1) / WARP *
+                  WARP]; // a and b, each times 4, as bytes of float32: a·4 | b·4 << 16
 };
 
 // [stairs]
@@ -28,10 +29,12 @@ constexpr stair_list make_stairs() {
             int last = most / (r + 1), first = most / 2 / (r + 1); // ranks b with most/2 < (r+1)(b+1) ≤ most
             first = first > r ? first : r;
             for (int b = first; b < last; b++)
-                list.pair[count++] = (uint32_t)(r | b << 16);
+                list.pair[count++] = (uint32_t)(r * 4 | b * 4 << 16);
             for (int a = first > r ? first : r + 1; a < last; a++)
-                list.pair[count++] = (uint32_t)(a | r << 16);
+                list.pair[count++] = (uint32_t)(a * 4 | r * 4 << 16);
         }
+    for (; count < (int)(sizeof list.pair / sizeof list.pair[0]); count++)
+        list.pair[count] = (TOPK_WARP_TOPK - 1) * 4 * 0x10001u; // the worst of all pairs: it reaches what all reach
     return list;
 }
 // [/stairs]

@@ -40,6 +40,10 @@ extern "C" fmoe_status fmoe_cuda_topk(int64_t T, int64_t n, int64_t K, bool norm
     topk_task task;
     (void)workspace, (void)workspace_bytes;
     TRY(topk_make(T, n, K, norm_topk_prob, dtype, logits, indices, scores, weights, &task));
+    // Pairs need fewer instructions a token, but their code is longer and has to be read first: they pay where every
+    // multiprocessor works on many tokens one after another.
+    if (T >= 8192 && n <= TOPK_PAIR_KEYS && K <= TOPK_PAIR_TOPK)
+        return topk_run_pair(&task, (cudaStream_t)stream);
     if (n <= TOPK_WARP_KEYS && K <= TOPK_WARP_TOPK)
         return topk_run_keep_best(&task, (cudaStream_t)stream);
     return topk_run_staircase(&task, (cudaStream_t)stream);

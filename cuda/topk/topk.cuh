@@ -22,6 +22,7 @@ fmoe_status topk_from_args(const void *args, topk_task *task);
 // The rungs that fmoe_cuda_topk chooses from. Nothing is launched for T = 0.
 fmoe_status topk_run_staircase(const topk_task *task, cudaStream_t stream);
 fmoe_status topk_run_keep_best(const topk_task *task, cudaStream_t stream);
+fmoe_status topk_run_pair(const topk_task *task, cudaStream_t stream);
 
 // [rising]
 // The bits of a float, made to rise with it: −0 equals +0, and NaN is below −∞ (0x007fffff) but above 0, which is left

@@ -10,7 +10,7 @@ extern "C" {
 
 /* Each takes fmoe_topk_args with device pointers; scores and weights may be NULL. None needs a workspace. */
 fmoe_rung_fn cuda_topk_scans, cuda_topk_key_lists, cuda_topk_staircase, cuda_topk_warp, cuda_topk_packed,
-    cuda_topk_keep_best;
+    cuda_topk_keep_best, cuda_topk_pair;
 
 #ifdef __cplusplus
 }
@@ -19,6 +19,9 @@ fmoe_rung_fn cuda_topk_scans, cuda_topk_key_lists, cuda_topk_staircase, cuda_top
 /* The sizes that a warp's registers and share of shared memory hold. */
 #define TOPK_WARP_KEYS 512
 #define TOPK_WARP_TOPK 512
+/* The same for two tokens in a warp. */
+#define TOPK_PAIR_KEYS 128
+#define TOPK_PAIR_TOPK 64
 /* key-lists: so many pairs of best keys fit shared memory. */
 #define TOPK_LIST_PAIRS 4096
 

@@ -63,6 +63,13 @@ static const struct {
     {&fmoe_step_topk,
      cuda_topk_rungs,
      {"T5-n7-K6-normal-f32", "T3-n128-K64-normal-bf16-norm", "T2-n70-K300-normal-f32", "T7-n40-K16-normal-f16"}},
+    {&fmoe_step_schedule, cuda_schedule_rungs, {"T67-N50-K6-uniform", "T301-N1000-K7-hot", "T37-N9000-K9-uniform"}},
+    {&fmoe_step_expert,
+     cuda_expert_token_rungs,
+     {"T5-d19-N50-K6-uniform-f32", "T7-d72-N49-K9-normal-bf16", "T3-d1032-N20-K5-hot-f16"}},
+    {&fmoe_step_expert,
+     cuda_expert_scheduled_rungs,
+     {"T5-d19-N50-K6-uniform-f32", "T37-d72-N49-K9-normal-bf16", "T3-d1032-N20-K5-hot-f16", "T90-d16-N4-K1-hot-f32"}},
     {&fmoe_step_topk_backward,
      cuda_topk_backward_rungs,
      {"T5-n7-K6-normal-f32", "T3-n128-K64-normal-bf16-norm", "T2-n70-K300-normal-f32"}},
@@ -177,6 +184,28 @@ static void run_topk(bool norm) {
     free_all();
 }
 
+/* A schedule, and the expert step with its pre-activations, of indices one of which is bad. */
+static void run_experts(void) {
+    enum { N = 13, PAIRS = T * K };
+    int32_t indices[PAIRS];
+    for (int i = 0; i < PAIRS; i++)
+        indices[i] = i == 5 ? N : i * 7 % N;
+    int32_t *chosen = upload(indices, sizeof indices), *offsets = allocate((N + 1) * sizeof *offsets);
+    int32_t *pairs = allocate(sizeof indices);
+    size_t bytes = fmoe_cuda_schedule_workspace(T, K, N);
+    void *workspace = allocate(bytes);
+    must("schedule", "a bad index", fmoe_cuda_schedule(T, K, N, chosen, offsets, pairs, workspace, bytes, NULL));
+    must("schedule", "its note", fmoe_cuda_check(workspace, NULL) == FMOE_BAD_INDEX ? FMOE_OK : FMOE_CUDA);
+    float *x = drawn(T * D), *down = drawn(N * D), *up = drawn(N * D), *weights = drawn(PAIRS);
+    bytes = fmoe_cuda_expert_workspace(T, D, N, K, FMOE_F32);
+    workspace = allocate(bytes);
+    must("expert", "a bad index",
+         fmoe_cuda_expert(T, D, N, K, FMOE_F32, x, down, up, chosen, weights, room(T * D), room(PAIRS), workspace,
+                          bytes, NULL));
+    must("expert", "its note", fmoe_cuda_check(workspace, NULL) == FMOE_BAD_INDEX ? FMOE_OK : FMOE_CUDA);
+    free_all();
+}
+
 int main(int argc, char **argv) {
     const fmoe_device *gpu = fmoe_device_get();
     if (argc == 2 && strcmp(argv[1], "--device") == 0) { /* is there one? */
@@ -189,6 +218,7 @@ int main(int argc, char **argv) {
         for (int c = 0; c < 5 && ladders[i].cases[c]; c++)
             run_ladder(ladders[i].step, ladders[i].rungs, ladders[i].cases[c]);
     run_softmax();
+    run_experts();
     for (int flag = 0; flag < 2; flag++) {
         run_router(flag);
         run_topk(flag);
