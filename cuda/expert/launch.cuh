@@ -8,6 +8,7 @@
 
 // Launch: `threads` threads a block, a warp for each part of the token's pairs; T blocks a slice. Shared memory: none.
 // Traffic: the slice of a row a pair through the L2; x, indices and weights once a slice; 4 bytes a pair and slice out.
+// [first-kernel]
 template <typename R>
 __global__ void __launch_bounds__(R::WARPS *WARP, R::BLOCKS)
     pre_activations_kernel(expert_task a, int width, int first_slice, bool whole) {
@@ -15,10 +16,12 @@ __global__ void __launch_bounds__(R::WARPS *WARP, R::BLOCKS)
     start_next_kernel();
     pre_activations<R>(a, t, first, min(a.d, first + width), whole ? NULL : a.partials + (int64_t)slice * a.T * a.K);
 }
+// [/first-kernel]
 
 // Launch: a thread a pair, 256 a block. Shared memory: none. Traffic: 4 bytes a pair and slice in, and as many as 16
 // for a pair's index, weight, activation and pre-activation. The sum so far waits among the activations while there are
 // slices to come.
+// [join-slices]
 static __global__ void __launch_bounds__(256) activations_kernel(expert_task a, int slices, bool first, bool last) {
     int64_t pairs = (int64_t)a.T * a.K, pair = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
     start_next_kernel();
@@ -35,6 +38,7 @@ static __global__ void __launch_bounds__(256) activations_kernel(expert_task a, 
     else
         a.activations[pair] = s;
 }
+// [/join-slices]
 
 // Launch: as pre_activations_kernel. Shared memory: a float32 sum of the slice a warp. Traffic: the slice of a row a
 // pair through the L2, 8 bytes a pair and slice in, y out once.
@@ -70,10 +74,12 @@ static fmoe_status launch_activations(const expert_task &a, int warps, int width
     return FMOE_OK;
 }
 
+// [launch-phases]
 template <typename R>
 static fmoe_status launch_phases(const expert_task &a, int warps, int width, bool overlap, cudaStream_t stream) {
     TRY(launch_activations<R>(a, warps, width, overlap, stream));
     return launch_output<R>(a, warps, width, overlap, stream);
 }
+// [/launch-phases]
 
 #endif

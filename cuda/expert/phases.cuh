@@ -154,6 +154,7 @@ __device__ inline float dots(const float (&kept)[R::PARTS], uint64_t slice, int 
     // The lane that will have the sum of this lane's own row.
     int holder = own % R::ABREAST * R::LANES + own % R::AT_ONCE / R::ABREAST * R::LANES_A_ROW;
     float mine = 0;
+    // [rows-in-flight]
 #pragma unroll 1
     for (int j = 0; j < count; j += R::AT_ONCE) {
         pack16<E> row[R::ROWS][R::LOADS];
@@ -180,6 +181,7 @@ __device__ inline float dots(const float (&kept)[R::PARTS], uint64_t slice, int 
         reduced = __shfl_sync(ALL_LANES, reduced, holder);
         mine = own >= j && own < j + R::AT_ONCE ? reduced : mine;
     }
+    // [/rows-in-flight]
     return mine;
 }
 // [/dots]

@@ -10,10 +10,12 @@
 
 // The readings that were fastest, by the bytes of a slice. The first is for whole rows as well, and takes more warps
 // where there are few tokens.
+// [readings]
 template <typename E, slice_form F> using slice_2048 = reading<E, F, 32, 4, 4, 8, 2, true>;
 template <typename E, slice_form F> using slice_1024 = reading<E, F, 32, 2, 4, 2, 12, true>;
 template <typename E, slice_form F> using slice_512 = reading<E, F, 32, 1, 4, 2, 16, true>;
 template <typename E, slice_form F> using slice_256 = reading<E, F, 16, 1, 4, 4, 8, true>;
+// [/readings]
 template <typename E> using elements = reading<E, ELEMENTS, 32, 1, 2, 4, 5, false>;
 
 typedef struct {

@@ -40,7 +40,9 @@ template <typename E> __global__ void __launch_bounds__(WARP) thread_a_token(exp
 // ---- Rungs `warp-a-token` and `vectors`
 
 // Neighbouring elements of type E that a lane moves at once.
+// [vectors]
 template <typename E, int COUNT> struct alignas(COUNT * sizeof(E)) elements { E at[COUNT]; };
+// [/vectors]
 
 // Launch: a warp a token, 4 a block. Shared memory: none. Traffic: two rows a pair, neighbouring lanes reading
 // neighbouring elements; x again for every row, from the first-level cache; the activations again for every column.
@@ -53,6 +55,7 @@ template <typename E, int COUNT> __global__ void __launch_bounds__(TOKENS_A_BLOC
         return;
     int64_t pairs = (int64_t)t * a.K;
     const load *x = (const load *)a.x + (int64_t)t * loads, *down = (const load *)a.down, *up = (const load *)a.up;
+    // [warp-loops]
     for (int k = 0; k < a.K; k++) {
         int32_t e = expert_of_pair(a, pairs + k);
         float s = 0;
@@ -83,6 +86,7 @@ template <typename E, int COUNT> __global__ void __launch_bounds__(TOKENS_A_BLOC
             out.at[j] = from_f32<E>(sum[j]);
         ((load *)a.y)[(int64_t)t * loads + i] = out;
     }
+    // [/warp-loops]
     if (lane == 0)
         write_note(a, t, first_bad);
 }

@@ -44,6 +44,7 @@ levels_kernel *find_bases_kernel(void);
 size_t sort_chunk_shared(const levels *l);
 size_t sort_bucket_shared(const levels *l);
 
+// [early-start]
 // The next kernel's blocks may start: they prepare, then wait until this grid is done. From sm_90 on, and only where
 // that kernel was launched so.
 __device__ inline void let_next_start() {
@@ -57,6 +58,7 @@ __device__ inline void wait_for_previous() {
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
+// [/early-start]
 
 __host__ __device__ static inline int heavy_bits(const levels &a) {
     return a.chunk_bits - 4;

@@ -74,6 +74,7 @@ template <int WARPS> __device__ inline share share_of_helper(const levels &a, in
 }
 // [/helpers]
 
+// [list-segments]
 // Where the bucket's segments lie. Returns its beginning in the result and its size.
 template <int WARPS> __device__ inline int2 list_segments(const levels &a, int bucket, const bucket_memory &m) {
     __shared__ __align__(16) unsigned long long sums[2 * WARPS];
@@ -95,6 +96,7 @@ template <int WARPS> __device__ inline int2 list_segments(const levels &a, int b
     __syncthreads();
     return {(int)(seen >> 32), (int)seen};
 }
+// [/list-segments]
 
 // [sort-share]
 // The block's records, [low, high) of the bucket: ranks, then the places where the ranks begin, then the pairs.

@@ -4,7 +4,7 @@
 
 #include "select.cuh"
 
-// Register r's candidate of those that a lane sorts: of the kept ones, or, if all are sorted, of the whole list.
+// The candidate at a place among those that are sorted: the kept ones, or, if all are sorted, the whole list.
 template <typename Shape>
 __device__ inline typename Shape::candidate held_at(const topk_task &a, const typename Shape::memory &m, int place) {
     if constexpr (Shape::select)
@@ -240,8 +240,7 @@ __device__ inline float choose(const topk_task &a, typename Shape::memory &m, ca
 }
 // [/one-token]
 
-// Registers for a thread, held down so that enough warps hide each other's waiting, and the blocks that leaves room
-// for.
+// Registers for a thread are held down so that enough warps hide each other's waiting: so many blocks must fit.
 template <typename Shape> constexpr int blocks_a_multiprocessor() {
     int registers = Shape::most > 128                                 ? 168
                     : Shape::registers_a_side > 16                    ? 128

@@ -100,7 +100,7 @@ __device__ inline float lower_bound(const topk_task &a, const typename Shape::me
 typedef struct {
     float least; // at least this
     int mine;    // so many of the lane's candidates,
-    int count;   // so many of the warp's
+    int count;   // so many of the token's
 } level;
 
 // [count]
@@ -130,9 +130,9 @@ __device__ inline int count_two(const candidates<Shape> &list, const topk_task &
 // [/count]
 
 // [select]
-// A threshold that between K and `held` candidates reach, or none (false: ties). Above the bound their
-// number falls about exponentially, so guesses are made on a line through its logarithm; 2.2·K reach the bound on
-// normal logits, so the first guess, counted together with the bound itself, aims a tenth of the way to the best sum.
+// A threshold that between K and `held` candidates reach, or none (false: ties). Above the bound their number falls
+// about exponentially, so guesses are made on a line through its logarithm. Some 2.2·K reach the bound on normal
+// logits, so the first guess, counted together with the bound itself, lies a tenth of the way to the best sum.
 template <typename Shape>
 __device__ inline bool find_level(const candidates<Shape> &list, const topk_task &a, const typename Shape::memory &m,
                                   float low, float high, level *found) {

@@ -1,4 +1,4 @@
-// A warp works on one token. The three rungs warp, packed and keep-best are this kernel in three forms.
+// A warp works on one token or two. The rungs warp, packed, keep-best and pair are one kernel in four forms.
 #ifndef FMOE_TOPK_WARP_CUH
 #define FMOE_TOPK_WARP_CUH
 
@@ -234,6 +234,7 @@ __device__ inline void exchange_neighbours(float *value, uint32_t *id, int previ
         value[0] = previous_value, id[0] = previous_id;
 }
 
+// [repair-loop]
 // Ranks that are nearly sorted, R a lane from the lane `last` to the lane `next`: checked, and where neighbours stand
 // in the wrong order (because the bits that were sorted did not tell them apart) exchanged, four rounds at most.
 // Returns whether all are in order.
@@ -257,6 +258,7 @@ __device__ inline bool repair(float *value, uint32_t *id, int previous, int next
         }
     }
 }
+// [/repair-loop]
 // [/repair]
 
 // [rank-packed]
@@ -272,6 +274,7 @@ __device__ inline bool rank_packed(const topk_task &a, int lane, typename Shape:
     float value[S];
     uint32_t start[S], key[S], number[R];
     read_side<S, Shape::half>(m.value, lane, value);
+    // [packed-keys]
 #pragma unroll
     for (int r = 0; r < S; r++)
         start[r] = (rising_plain(value[r]) & ~low) | (low ^ key_of<Shape::half>(r, lane));
@@ -288,10 +291,12 @@ __device__ inline bool rank_packed(const topk_task &a, int lane, typename Shape:
         number[r] = low ^ (key[r] & low);
         value[r] = m.value[side][number[r]];
     }
+    // [/packed-keys]
     bool decided = true;
     if (a.dtype == FMOE_F32) {
         decided = repair<R>(value, number, base | network::lane_at((place + Shape::half - 1) % Shape::half),
                             base | network::lane_at((place + 1) % Shape::half), place == 0, place == Shape::half - 1);
+        // [packed-check]
         if (Shape::ranks < Shape::keys && a.n > Shape::ranks) {
             uint32_t last = __shfl_sync(ALL_LANES, key[R - 1], base | network::lane_at(Shape::half - 1)) & ~low;
             int reach = 0;
@@ -300,6 +305,7 @@ __device__ inline bool rank_packed(const topk_task &a, int lane, typename Shape:
                 reach += start[r] >= last;
             decided &= warp_count(reach) == 2 * Shape::tokens * Shape::ranks;
         }
+        // [/packed-check]
     }
     store_ranks<Shape, R>(m, side, place * R, value, number);
     return decided;
