@@ -293,11 +293,20 @@ static bool seen_before(const char *const *cases, int count, const char *name) {
     return false;
 }
 
+static int count(const char *const *names) {
+    int number = 0;
+    while (names && names[number])
+        number++;
+    return number;
+}
+
 static int climb_cases(const fmoe_chapter *chapter, const fmoe_ladder *ladder, const char *const *cases,
                        bool last_cpu_rung_only) {
     for (int i = 0; cases && cases[i]; i++) {
         char name[128];
         with_dtype(cases[i], name, sizeof name);
+        if (last_cpu_rung_only && seen_before(ladder->cases, count(ladder->cases), name))
+            continue;
         if ((opt_more.num_cases && !case_fits(chapter, ladder, cases[i])) || seen_before(cases, i, name))
             continue;
         int status = climb_case(ladder, name, last_cpu_rung_only);

@@ -77,7 +77,9 @@ static const char *const cuda_cases[] = {
     "T4096-d1024-N16384-K64-uniform-bf16",    "T4096-d1024-N16384-K64-hot-bf16",
     "T1024-d1024-N102400-K512-uniform-bf16",  "T1024-d1024-N102400-K1024-uniform-bf16",
     "T4096-d1024-N102400-K512-uniform-bf16",  "T4096-d1024-N102400-K512-normal-bf16",
-    "T16384-d1024-N102400-K512-uniform-bf16", NULL};
+    "T16384-d1024-N102400-K512-uniform-bf16", "T1024-d1024-N1024-K32-uniform-bf16",
+    "T1024-d1024-N4096-K32-uniform-bf16",     "T1024-d1024-N16384-K32-uniform-bf16",
+    "T1024-d1024-N65536-K32-uniform-bf16",    NULL};
 
 static const fmoe_ladder ladders[] = {
     {&fmoe_step_expert, chapter5_rungs, cases, quick_cases, cuda_expert_scheduled_rungs, cuda_cases}, {0}};
