@@ -228,7 +228,7 @@ const char *machine_device(void) {
 }
 
 const char *machine_slug(void) {
-    return fmoe_device_get()->present ? fmoe_device_get()->slug : named()->slug;
+    return named()->slug;
 }
 
 double fmoe_product_gflops(const fmoe_ceilings *ceilings, fmoe_dtype dtype) {

@@ -1,6 +1,7 @@
 /* Chapter 0: your machine. */
 #include "machine.h"
 
+#include "../device.h"
 #include "../program.h"
 
 #include <stdlib.h>
@@ -11,7 +12,7 @@ static bool only_ceilings;
 static bool option(int argc, char **argv, int *i) {
     (void)argc;
     if (!strcmp(argv[*i], "--slug")) {
-        puts(machine_slug());
+        puts(fmoe_device_get()->present ? fmoe_device_get()->slug : machine_slug());
         exit(0);
     }
     only_ceilings = !strcmp(argv[*i], "--ceilings");
@@ -36,8 +37,9 @@ int main(int argc, char **argv) {
         .title = "your machine: timing, ceilings, error, floors",
         .before = before,
         .option = option,
-        .option_help = "  --ceilings       only measure the ceilings\n"
-                       "  --slug           only print this machine's folder name under plots/data\n",
+        .option_help =
+            "  --ceilings       only measure the ceilings\n"
+            "  --slug           only print the name of this machine's folder, or of its GPU's, under plots/data\n",
         .gnuplot = "gather.gp",
     };
     return fmoe_chapter_main(&chapter, argc, argv);

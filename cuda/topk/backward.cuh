@@ -43,7 +43,7 @@ __device__ inline bool is_pair(const backward_task &a, int32_t index) {
 
 // [fixed-point]
 // The power of two that makes integers of gradients whose absolute values sum to `size`: no partial sum, in whatever
-// order, reaches 2³¹, and the rounding of each is 2⁻³¹ of `size` at most. False where there is none: `size` is not
+// order, reaches 2³¹, and the rounding of each is 2⁻³⁰ of `size` at most. False where there is none: `size` is not
 // finite, or so small that the power is no float.
 __device__ inline bool fixed_point(float size, float *scale, float *unscale) {
     uint32_t exponent = __float_as_uint(size) >> 23; // size < 2^(exponent − 126)
