@@ -46,26 +46,12 @@ fmoe_status fmoe_device_time(const fmoe_rung *rung, const fmoe_problem *p, fmoe_
 #include "../cuda/fmoe_cuda.h"
 #include "../cuda/machine/machine_cuda.h"
 
-#include <ctype.h>
 #include <cuda_runtime_api.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
 /* ---- Which one there is ------------------------------------------------------------------------------------------ */
-
-static void slug_of(const char *name, char *slug, size_t size) {
-    size_t used = 0;
-    for (const char *ch = name; *ch && used + 1 < size; ch++) {
-        if (isalnum((unsigned char)*ch))
-            slug[used++] = (char)tolower((unsigned char)*ch);
-        else if (used && slug[used - 1] != '-')
-            slug[used++] = '-';
-    }
-    while (used && slug[used - 1] == '-')
-        used--;
-    slug[used] = 0;
-}
 
 /* The first line that nvidia-smi prints for a query; false if there is none. */
 static bool ask_driver(const char *query, char *line, int size) {

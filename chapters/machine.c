@@ -47,14 +47,9 @@ static void processor_name(char *name, size_t size) {
     tidy_name(name);
 }
 
-static void name_machine(fmoe_ceilings *m) {
-    char processor[64];
-    processor_name(processor, sizeof processor);
-    m->threads = omp_get_max_threads();
-    snprintf(m->device, sizeof m->device, "%s (%d thread%s)", processor, m->threads, m->threads == 1 ? "" : "s");
-    char slug[64];
+void slug_of(const char *name, char *slug, size_t size) {
     size_t used = 0;
-    for (const char *ch = processor; *ch; ch++) {
+    for (const char *ch = name; *ch && used + 1 < size; ch++) {
         if (isalnum((unsigned char)*ch))
             slug[used++] = (char)tolower((unsigned char)*ch);
         else if (used && slug[used - 1] != '-')
@@ -63,6 +58,14 @@ static void name_machine(fmoe_ceilings *m) {
     while (used && slug[used - 1] == '-')
         used--;
     slug[used] = 0;
+}
+
+static void name_machine(fmoe_ceilings *m) {
+    char processor[64], slug[64];
+    processor_name(processor, sizeof processor);
+    slug_of(processor, slug, sizeof slug);
+    m->threads = omp_get_max_threads();
+    snprintf(m->device, sizeof m->device, "%s (%d thread%s)", processor, m->threads, m->threads == 1 ? "" : "s");
     snprintf(m->slug, sizeof m->slug, "%s-%dt", slug, m->threads);
 }
 

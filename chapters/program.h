@@ -51,10 +51,11 @@ const fmoe_ceilings *machine_measure_again(ceiling_list *list);
 /* The same for the GPU, where there is one. What could not be measured is left out of the list, and nothing is cached.
  */
 fmoe_status machine_measure_gpu_again(ceiling_list *list);
-const char *machine_device(void);             /* "AMD EPYC (2 threads)", without measuring anything */
-const char *machine_slug(void);               /* "amd-epyc-2t" */
-void machine_clocks(char *text, size_t size); /* "2600 to 3700 MHz" as the system reports them now */
-void make_folders(const char *path);          /* the folders a file's path needs; existing ones are fine */
+const char *machine_device(void);                        /* "AMD EPYC (2 threads)", without measuring anything */
+const char *machine_slug(void);                          /* "amd-epyc-2t" */
+void slug_of(const char *name, char *slug, size_t size); /* "NVIDIA H200" becomes "nvidia-h200" */
+void machine_clocks(char *text, size_t size);            /* "2600 to 3700 MHz" as the system reports them now */
+void make_folders(const char *path);                     /* the folders a file's path needs; existing ones are fine */
 
 /* csv.c: a row of the recorded data, as read or as measured. */
 typedef struct {
