@@ -4,7 +4,7 @@ static const char *const cases[] = {"T256-d256-I1024-f32", "T1024-d512-I2048-f32
                                     "T1-d1024-I4096-f32",  "T1-d1024-I4096-bf16",  NULL};
 static const char *const quick_cases[] = {"T64-d256-I1024-f32", "T256-d256-I1024-bf16", "T1-d1024-I4096-f32", NULL};
 
-static const fmoe_ladder ladders[] = {{&fmoe_step_mlp, chapter6_rungs, cases, quick_cases}, {.step = NULL}};
+static const fmoe_ladder ladders[] = {{&fmoe_step_mlp, chapter6_rungs, cases, quick_cases, NULL, NULL}, {.step = NULL}};
 
 int main(int argc, char **argv) {
     fmoe_chapter chapter = {.number = 6, .title = "the shared dense MLP", .ladders = ladders};

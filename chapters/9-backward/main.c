@@ -171,9 +171,9 @@ static const char *const quick_layer[] = {"T128-d128-I512-N1024-K16-normal-f32-t
 
 static const fmoe_ladder ladders[] = {
     {&fmoe_step_topk_backward, chapter9_topk_rungs, topk_cases, quick_topk, cuda_topk_backward_rungs, NULL},
-    {&fmoe_step_expert_backward, chapter9_expert_rungs, expert_cases, quick_expert},
-    {&fmoe_step_mlp_backward, chapter9_mlp_rungs, mlp_cases, quick_mlp},
-    {&fmoe_step_layer_backward, chapter9_layer_rungs, layer_cases, quick_layer},
+    {&fmoe_step_expert_backward, chapter9_expert_rungs, expert_cases, quick_expert, NULL, NULL},
+    {&fmoe_step_mlp_backward, chapter9_mlp_rungs, mlp_cases, quick_mlp, NULL, NULL},
+    {&fmoe_step_layer_backward, chapter9_layer_rungs, layer_cases, quick_layer, NULL, NULL},
     {.step = NULL},
 };
 
