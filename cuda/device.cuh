@@ -16,8 +16,7 @@ extern "C" {
 #define WARP      32
 #define ALL_LANES 0xffffffffu
 
-// ---- Storage types
-// ---------------------------------------------------------------------------------------------------
+// ---- Storage types ----
 
 __device__ inline float to_f32(float value) {
     return value;
@@ -61,8 +60,7 @@ template <typename E> struct alignas(16) pack16 {
         }                                                                                                              \
     } while (0)
 
-// ---- Warps
-// -----------------------------------------------------------------------------------------------------------
+// ---- Warps ----
 
 __device__ inline float warp_max(float value) {
     for (int step = WARP / 2; step; step /= 2)
@@ -77,8 +75,7 @@ __device__ inline float warp_sum(float value) {
     return value;
 }
 
-// ---- Notes: what only the device can see, at the beginning of a workspace
-// -------------------------------------------------
+// ---- Notes: what only the device can see, at the beginning of a workspace ----
 
 // Every token has a line, which its own warp writes each time, bad index or none: nothing has to be zeroed before the
 // launch, no two writers meet, and the first bad place in memory order is whatever the host finds first.
@@ -106,8 +103,7 @@ __device__ inline cuda_note_line *cuda_note_lines(void *workspace) {
     return (cuda_note_line *)((char *)workspace + CUDA_NOTE_BYTES);
 }
 
-// ---- Host
-// ------------------------------------------------------------------------------------------------------------
+// ---- Host ----
 
 static inline int64_t ceil_div(int64_t a, int64_t b) {
     return (a + b - 1) / b;

@@ -27,8 +27,7 @@ __device__ inline unsigned shared_address(const void *pointer) {
     return (unsigned)__cvta_generic_to_shared(pointer);
 }
 
-// ---- sm_80: asynchronous copies to shared memory
-// ---------------------------------------------------------------------
+// ---- sm_80: asynchronous copies to shared memory ----
 
 // 16 bytes past the first-level cache; zeros where the source is outside.
 __device__ inline void copy_async_16(void *shared, const void *global, bool inside) {
@@ -47,8 +46,7 @@ template <int GROUPS> __device__ inline void copy_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
 }
 
-// ---- sm_80: tensor cores, a warp at a time
-// ---------------------------------------------------------------------------
+// ---- sm_80: tensor cores, a warp at a time ----
 
 // Four 8×8 matrices of 16-bit elements: lanes 8i to 8i + 7 name the rows of matrix i, and part i of every lane gets two
 // neighbours of row lane / 4, columns 2 (lane mod 4) and the next.
@@ -74,8 +72,7 @@ __device__ inline void mma_16x8x16(float (&sums)[4], const unsigned (&a)[4], uns
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// ---- sm_90: one kernel's start under the end of the one before
-// --------------------------------------------------------
+// ---- sm_90: one kernel's start under the end of the one before ----
 
 // Both do nothing before sm_90. The next kernel, launched to overlap, may start once every block has said so or has
 // ended.
@@ -108,8 +105,7 @@ static inline fmoe_status launch_overlapping(const char *name, bool overlap, voi
     return launched(name);
 }
 
-// ---- sm_90: barriers in shared memory that copies can complete
-// --------------------------------------------------------
+// ---- sm_90: barriers in shared memory that copies can complete ----
 
 __device__ inline void barrier_init(uint64_t *barrier, int arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
@@ -147,8 +143,7 @@ __device__ inline void barrier_sync(int barrier, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
-// ---- sm_90: copies by the copy engine, completing on a barrier
-// -----------------------------------------------------------
+// ---- sm_90: copies by the copy engine, completing on a barrier ----
 
 // The box whose corner is (column, row) of a matrix; what lies outside the matrix arrives as zeros.
 __device__ inline void copy_box(void *shared, const CUtensorMap *map, int column, int row, uint64_t *barrier) {
@@ -166,8 +161,7 @@ __device__ inline void copy_bulk(void *shared, const void *global, int bytes, ui
                  : "memory");
 }
 
-// ---- sm_90a: tensor cores, four warps at a time
-// ----------------------------------------------------------------------
+// ---- sm_90a: tensor cores, four warps at a time ----
 
 // Orders the registers that were written before with the products that follow.
 __device__ inline void wgmma_fence() {

@@ -28,8 +28,7 @@ template <typename E> __device__ inline void load_right(unsigned (&parts)[4], co
     load_matrices(parts, tile + tile_at(row + lane % 8 + lane / 16 * 8, 2 * step + lane / 8 % 2));
 }
 
-// ---- Host: a matrix [rows, columns] of 16-bit elements for copy_box, in boxes of box_rows × 64
-// ----------------------
+// ---- Host: a matrix [rows, columns] of 16-bit elements for copy_box, in boxes of box_rows × 64 ----
 
 // The copy engine wants rows that start at multiples of 16 bytes, so columns is a multiple of 8.
 // cuTensorMapEncodeTiled belongs to the driver, which the program is not linked with: the runtime knows where it is.
