@@ -234,7 +234,7 @@ static int climb_case(const fmoe_ladder *ladder, const char *name, bool last_cpu
     if (climbs_gpu(ladder)) {
         printf("  on %s\n", fmoe_device_get()->name);
         work = work_on(&p, fmoe_device_ceilings());
-        table_header(last_cpu_rung_only ? "last cpu" : "best cpu", has_library(ladder->cuda));
+        table_header("cpu", has_library(ladder->cuda));
         climb(ladder->cuda, &p, &work, &best_cpu_ms);
     }
     recorded_show(&recorded, ladder->step->op, name, !climbs_gpu(ladder));

@@ -85,7 +85,8 @@ typedef struct {
     const char *name, *level, *verdict;
     double ms, before_ms, base_ms, library_ms, floor_ms, error; /* 0 or NaN where there is nothing to compare with */
 } table_row;
-void table_header(const char *base, bool library); /* base: what base_ms is, "first" or "best cpu" */
+void table_header(const char *base,
+                  bool library); /* base: what base_ms is, "first" or "cpu", the fastest CPU rung timed here */
 void table_line(const table_row *row);
 void table_note(const char *name, const char *level, const char *note);
 

@@ -57,7 +57,7 @@ static void show_row(const csv_row *row, double before_ms, double best_cpu_ms) {
     bool peer = !strcmp(row->backend, "peer");
     table_line(&(table_row){.name = row->variant,
                             .level = peer                           ? "peer"
-                                     : !strcmp(row->backend, "cpu") ? "best cpu"
+                                     : !strcmp(row->backend, "cpu") ? "cpu"
                                                                     : row->level,
                             .ms = row->median_ms,
                             .before_ms = before_ms,
@@ -76,7 +76,8 @@ static void show_file(csv_file *file, const char *op, const char *case_name, con
             continue;
         if (!before) {
             printf("  recorded on %s, %s%s\n", row->device, row->date,
-                   peer ? ": other implementations (peers)" : " (× best cpu: that machine's own best CPU rung)");
+                   peer ? ": other implementations (peers)"
+                        : " (× cpu: the fastest CPU rung that was recorded with them)");
             if (cpu && !peer)
                 show_row(cpu, 0, 0);
         }
@@ -104,7 +105,7 @@ void recorded_show_rest(recorded_data *data, const char *op) {
             char case_name[sizeof row->case_name];
             strcpy(case_name, row->case_name);
             printf("\n%s  %s\n", op, case_name);
-            table_header("best cpu", false);
+            table_header("cpu", false);
             recorded_show(data, op, case_name, true);
         }
 }
