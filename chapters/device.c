@@ -324,12 +324,12 @@ enum { WARM_UP = 3, AT_LEAST = 50, AT_MOST = 200 };
 
 // [device-time]
 /* The flush runs longer than the host needs to queue what follows, so no gap between launches is the host's. */
-static fmoe_status time_once(const fmoe_rung *rung, fmoe_device_problem *d, const void *flush, cudaEvent_t *events,
-                             double *ms) {
+static fmoe_status time_once(const fmoe_rung *rung, fmoe_device_problem *d, void *graph, const void *flush,
+                             cudaEvent_t *events, double *ms) {
     float elapsed = 0;
     TRY(cuda_flush_l2(flush, CUDA_FLUSH_BYTES, d->stream));
     TRY(cuda_status(cudaEventRecord(events[0], d->stream), "event"));
-    TRY(rung->run(d->args, d->workspace, d->workspace_bytes, d->stream));
+    TRY(graph ? fmoe_device_replay(graph, d->stream) : rung->run(d->args, d->workspace, d->workspace_bytes, d->stream));
     TRY(cuda_status(cudaEventRecord(events[1], d->stream), "event"));
     TRY(cuda_status(cudaEventSynchronize(events[1]), "the device"));
     TRY(cuda_status(cudaEventElapsedTime(&elapsed, events[0], events[1]), "event"));
@@ -338,14 +338,14 @@ static fmoe_status time_once(const fmoe_rung *rung, fmoe_device_problem *d, cons
 }
 // [/device-time]
 
-static fmoe_status time_calls(const fmoe_rung *rung, fmoe_device_problem *d, const void *flush, cudaEvent_t *events,
-                              fmoe_timing *timing) {
+static fmoe_status time_calls(const fmoe_rung *rung, fmoe_device_problem *d, void *graph, const void *flush,
+                              cudaEvent_t *events, fmoe_timing *timing) {
     double ms[AT_MOST], spent_ms = 0;
     int runs = 0;
     for (int i = 0; i < WARM_UP; i++)
-        TRY(time_once(rung, d, flush, events, &ms[0]));
+        TRY(time_once(rung, d, graph, flush, events, &ms[0]));
     while (runs < AT_MOST) {
-        TRY(time_once(rung, d, flush, events, &ms[runs]));
+        TRY(time_once(rung, d, graph, flush, events, &ms[runs]));
         spent_ms += ms[runs++];
         if ((runs >= AT_LEAST && spent_ms > (fmoe_opt.quick ? 20 : 100)) || (runs >= 5 && spent_ms > 2000))
             break;
@@ -357,13 +357,17 @@ static fmoe_status time_calls(const fmoe_rung *rung, fmoe_device_problem *d, con
 fmoe_status fmoe_device_time(const fmoe_rung *rung, const fmoe_problem *p, fmoe_timing *timing) {
     fmoe_device_problem d;
     cudaEvent_t events[2] = {NULL, NULL};
+    void *graph = NULL;
     TRY(fmoe_device_problem_new(p, rung_workspace(rung, p), &d));
     void *flush = fmoe_device_allocate(CUDA_FLUSH_BYTES);
     fmoe_status status = flush ? FMOE_OK : FMOE_OUT_OF_MEMORY;
     for (int i = 0; i < 2 && status == FMOE_OK; i++)
         status = cuda_status(cudaEventCreate(&events[i]), "event");
+    if (status == FMOE_OK && rung->replay)
+        status = fmoe_device_capture(rung, &d, &graph);
     if (status == FMOE_OK)
-        status = time_calls(rung, &d, flush, events, timing);
+        status = time_calls(rung, &d, graph, flush, events, timing);
+    fmoe_device_graph_free(graph);
     for (int i = 0; i < 2; i++)
         if (events[i])
             cudaEventDestroy(events[i]);
