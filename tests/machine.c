@@ -794,6 +794,7 @@ SENTENCE(0, 20, "An option or a value that makes no sense is named, and the stat
 
 SENTENCE(0, 21, "What is written to a CSV file is read back the same, whatever the names hold.",
          "figures outlive the run that made them", "a round trip") {
+    omp_set_num_threads(2); // the made-up ceilings are those of so many threads
     enter_folder();
     expect(RUN(&toy_chapter, "--quick", "--csv", "out/here.csv", "--threads", "2") == 0, "%s", output);
     csv_file file;
