@@ -1,6 +1,8 @@
 /* The program that climbs a chapter's ladders: check, time, print, record, draw. */
 #include "device.h"
+#include "doors.h"
 #include "program.h"
+#include "verify.h"
 
 #include "../ref_cpu/check.h"
 
@@ -57,10 +59,22 @@ static outcome wrong(double error, const char *format, ...) {
     return o;
 }
 
+/* A reader's own rung, in its own process. */
+static outcome measure_plugin(fmoe_problem *p) {
+    door_result r = plugin_measure(p);
+    outcome o = {.timing = r.timing, .error = r.error};
+    bool right = r.verdict == DOOR_RIGHT;
+    o.kind = right ? MEASURED : r.verdict == DOOR_UNSUPPORTED ? NOT_HERE : WRONG;
+    snprintf(o.why, sizeof o.why, "%.235s", r.why);
+    return o;
+}
+
 /* Checks the rung, then times it. */
 static outcome measure(const fmoe_rung *rung, fmoe_problem *p) {
     outcome o = {.kind = MEASURED};
     char why[200];
+    if (plugin_is(rung))
+        return measure_plugin(p);
     fmoe_status status = fmoe_rung_check(rung, p, &o.error, why);
     if (status == FMOE_UNSUPPORTED) {
         o.kind = NOT_HERE;
@@ -94,6 +108,8 @@ static recorded_data recorded;
 static bool any_wrong;
 
 static bool is_chosen(const fmoe_rung *rung) {
+    if (plugin_is(rung))
+        return true;
     return only_chosen(rung->name) && (int)rung->level <= fmoe_opt.level;
 }
 
@@ -133,7 +149,7 @@ static void show(const fmoe_rung *rung, const outcome *o, const fmoe_work *work,
         table_note(rung->name, level_name(rung->level), note);
         break;
     case MEASURED:
-        snprintf(note, sizeof note, "pass");
+        snprintf(note, sizeof note, "pass%s%s", *o->why ? ", " : "", o->why);
         if (o->timing.median_ms > 2 * o->timing.min_ms) /* other programs were running */
             snprintf(note, sizeof note, "pass, fastest %.4f", o->timing.min_ms);
         table_line(&(table_row){.name = rung->name,
@@ -230,12 +246,12 @@ static int climb_case(const fmoe_ladder *ladder, const char *name, bool last_cpu
     printf("\n%s  %s\n", ladder->step->op, name);
     fmoe_work work = work_on(&p, fmoe_machine_ceilings());
     table_header("first", has_library(rungs));
-    climb(rungs, &p, &work, &best_cpu_ms);
+    climb(last_cpu_rung_only ? rungs : plugin_join(rungs, ladder->step, BACKEND_CPU), &p, &work, &best_cpu_ms);
     if (climbs_gpu(ladder)) {
         printf("  on %s\n", fmoe_device_get()->name);
         work = work_on(&p, fmoe_device_ceilings());
         table_header("cpu", has_library(ladder->cuda));
-        climb(ladder->cuda, &p, &work, &best_cpu_ms);
+        climb(plugin_join(ladder->cuda, ladder->step, BACKEND_CUDA), &p, &work, &best_cpu_ms);
     }
     recorded_show(&recorded, ladder->step->op, name, !climbs_gpu(ladder));
     predict_compare();
@@ -317,7 +333,7 @@ static int climb_cases(const fmoe_chapter *chapter, const fmoe_ladder *ladder, c
 }
 
 static int climb_ladder(const fmoe_chapter *chapter, const fmoe_ladder *ladder) {
-    if (!any_chosen(ladder))
+    if (!any_chosen(ladder) && !plugin_climbs(ladder->step))
         return 0;
     const char *const *cases = fmoe_opt.quick && ladder->quick_cases ? ladder->quick_cases : ladder->cases;
     if (opt_more.num_cases && (ladder->cases || climbs_gpu(ladder)))
@@ -369,10 +385,22 @@ static int run_chapter(const fmoe_chapter *chapter) {
     return status;
 }
 
+/* What else a chapter's program can be asked for: the status to exit with, or -1 to climb the ladders. */
+static int other_doors(const fmoe_chapter *chapter) {
+    const char *case_name = opt_more.num_cases ? opt_more.cases[0] : NULL;
+    if (door_opt.dump)
+        return verify_dump(chapter, door_opt.dump, case_name);
+    if (door_opt.verify)
+        return verify_file(chapter, door_opt.verify, case_name);
+    return door_opt.grade ? grade_main(chapter) : -1;
+}
+
 int fmoe_chapter_main(const fmoe_chapter *chapter, int argc, char **argv) {
+    if (argc == 5 && !strcmp(argv[1], DOOR_WORKER))
+        return plugin_worker(argv);
     int status = options_read(chapter, argc, argv);
     if (status < 0)
-        status = check_cases(chapter) ? 2 : -1;
+        status = check_cases(chapter) ? 2 : other_doors(chapter);
     if (status >= 0)
         return status;
     char path[512];
@@ -386,7 +414,9 @@ int fmoe_chapter_main(const fmoe_chapter *chapter, int argc, char **argv) {
         return 2;
     }
     recorded_load(chapter->number, &recorded);
+    any_wrong = !plugin_introduce(chapter);
     status = run_chapter(chapter);
+    plugin_dismiss();
     csv_close();
     recorded_free(&recorded);
     if (status)

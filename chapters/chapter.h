@@ -68,6 +68,7 @@ typedef struct {
     int64_t shape[4];
     int64_t count;        /* product of the shape */
     double natural_scale; /* see fmoe_relative_error; 0 if unknown */
+    int64_t rows_apart;   /* outputs: if over 1, only rows 0, rows_apart, ... are compared; others must be no NaN */
     void *data;           /* host, as stored: the case's rungs read and write this. 64-byte aligned. NULL: left out */
     void *expected;       /* outputs: float32, or int32/int64 as dtype says; filled by the step's reference */
     void *pristine;       /* ROLE_INOUT: the value before the run */

@@ -1,4 +1,5 @@
 /* The command line: the same options in every chapter. */
+#include "doors.h"
 #include "program.h"
 
 #include <errno.h>
@@ -26,6 +27,11 @@ static void help(const fmoe_chapter *chapter) {
            "  --csv FILE       where the measurements go (default: build/results/chapter%d.csv); the SVG lies beside\n"
            "  --quick          smaller cases, shorter timing\n"
            "  --predict        type a guess for each rung before its time is shown\n"
+           "  --plugin FILE    a rung of your own, .so, .c or .cu: checked, then a line of the ladder\n"
+           "  --grade FILE     a verdict and a score for it instead; --against RUNG, --json FILE\n"
+           "  --time-limit S   seconds that one of its calls may take (default: 10)\n"
+           "  --dump FILE      write a case with its expected results as safetensors instead\n"
+           "  --verify FILE    check a file in which out.NAME was filled in instead\n"
            "  --help           this text\n",
            example, omp_get_max_threads(), chapter->number);
     if (chapter->option_help)
@@ -197,12 +203,53 @@ static int set_csv(const char *value) {
     return *value ? -1 : bad("--csv", value, "a file name");
 }
 
+/* ---- Doors for kernels from outside ------------------------------------------------------------------------------ */
+
+static int set_file(const char **file, const char *option, const char *value) {
+    *file = value;
+    return *value ? -1 : bad(option, value, "a file name");
+}
+
+static int set_plugin(const char *value) {
+    return set_file(&door_opt.plugin, "--plugin", value);
+}
+
+static int set_grade(const char *value) {
+    return set_file(&door_opt.grade, "--grade", value);
+}
+
+static int set_json(const char *value) {
+    return set_file(&door_opt.json, "--json", value);
+}
+
+static int set_dump(const char *value) {
+    return set_file(&door_opt.dump, "--dump", value);
+}
+
+static int set_verify(const char *value) {
+    return set_file(&door_opt.verify, "--verify", value);
+}
+
+static int set_against(const char *value) {
+    door_opt.against = value;
+    return -1;
+}
+
+static int set_time_limit(const char *value) {
+    char *end;
+    door_opt.limit_s = strtod(value, &end);
+    bool number = end != value && !*end && door_opt.limit_s >= 0.1 && door_opt.limit_s <= 86400;
+    return number ? -1 : bad("--time-limit", value, "seconds, 0.1 to 86400");
+}
+
 static const struct {
     const char *name;
     int (*set)(const char *value);
 } with_value[] = {
-    {"--case", add_case}, {"--only", set_only},       {"--level", set_level}, {"--dtype", set_dtype},
-    {"--seed", set_seed}, {"--threads", set_threads}, {"--csv", set_csv},
+    {"--case", add_case},   {"--only", set_only},       {"--level", set_level}, {"--dtype", set_dtype},
+    {"--seed", set_seed},   {"--threads", set_threads}, {"--csv", set_csv},     {"--plugin", set_plugin},
+    {"--grade", set_grade}, {"--against", set_against}, {"--json", set_json},   {"--time-limit", set_time_limit},
+    {"--dump", set_dump},   {"--verify", set_verify},
 };
 
 static int read_one(const fmoe_chapter *chapter, int argc, char **argv, int *i) {

@@ -14,7 +14,7 @@
 extern "C" {
 #endif
 
-#define FMOE_STEPS_VERSION 1
+#define FMOE_STEPS_VERSION 2
 
 /* Chapter 2. x̂ = norm(x); logits = x̂ · gateᵀ; log_probs = log-softmax of each side. */
 typedef struct {
@@ -121,18 +121,23 @@ typedef struct {
     float *dweights;              /* [T, K] */
 } fmoe_expert_backward_args;
 
+/* h = silu(p) ⊙ q with p = x · gateᵀ, q = x · upᵀ. What the forward pass keeps is h and what dh will be multiplied by:
+ * silu'(p) ⊙ q and silu(p). */
 typedef struct {
     int64_t T, d, I;
     fmoe_dtype dtype;
-    const void *x;    /* [T, d] dtype */
-    const void *gate; /* [I, d] dtype */
-    const void *up;   /* [I, d] dtype */
-    const void *down; /* [d, I] dtype */
-    const void *dy;   /* [T, d] dtype */
-    void *dx;         /* [T, d] dtype */
-    void *dgate;      /* [I, d] dtype */
-    void *dup;        /* [I, d] dtype */
-    void *ddown;      /* [d, I] dtype */
+    const void *x;      /* [T, d] dtype */
+    const void *gate;   /* [I, d] dtype */
+    const void *up;     /* [I, d] dtype */
+    const void *down;   /* [d, I] dtype */
+    const void *h;      /* [T, I] dtype, kept by the forward pass; optional, as are the next two */
+    const void *h_by_p; /* [T, I] dtype */
+    const void *h_by_q; /* [T, I] dtype */
+    const void *dy;     /* [T, d] dtype */
+    void *dx;           /* [T, d] dtype */
+    void *dgate;        /* [I, d] dtype */
+    void *dup;          /* [I, d] dtype */
+    void *ddown;        /* [d, I] dtype */
 } fmoe_mlp_backward_args;
 
 typedef struct {
@@ -147,6 +152,9 @@ typedef struct {
 extern const fmoe_step fmoe_step_router, fmoe_step_topk, fmoe_step_schedule, fmoe_step_expert, fmoe_step_mlp,
     fmoe_step_layer, fmoe_step_topk_backward, fmoe_step_expert_backward, fmoe_step_mlp_backward,
     fmoe_step_layer_backward;
+
+/* The most that the mlp step's reference computes in full; beyond it, a quarter of that, by leaving tokens out. */
+extern double fmoe_mlp_reference_operations;
 
 /* The CPU ladders, in each chapter's cpu.c (chapter 9: a file a ladder), each ended by a rung whose run is NULL. */
 extern const fmoe_rung chapter1_rungs[], chapter2_rungs[], chapter3_rungs[], chapter4_rungs[], chapter5_rungs[],

@@ -1,6 +1,7 @@
 /* Poisoned memory, fills, comparisons: see values.h. */
 #include "values.h"
 
+#include <math.h>
 #include <omp.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -86,6 +87,15 @@ fmoe_problem new_problem(const fmoe_step *step, uint64_t seed, const char *case_
     return p;
 }
 
+/* The limit of the type that the outputs are stored in; logits are float32 whatever the case's type. */
+static double limit_of(const fmoe_problem *p) {
+    double limit = 0;
+    for (int i = 0; i < p->num_arguments; i++)
+        if (p->arguments[i].role != ROLE_INPUT && p->arguments[i].dtype <= FMOE_BF16)
+            limit = fmax(limit, fmoe_error_limit(p->arguments[i].dtype));
+    return limit;
+}
+
 const char *rungs_right(const fmoe_rung *rungs, fmoe_problem *p) {
     for (const fmoe_rung *rung = rungs; rung->run; rung++) {
         char why[256] = "";
@@ -93,7 +103,7 @@ const char *rungs_right(const fmoe_rung *rungs, fmoe_problem *p) {
         fmoe_status status = fmoe_rung_check(rung, p, &error, why);
         if (status == FMOE_UNSUPPORTED && rung->backend == BACKEND_CUDA)
             continue;
-        if (status != FMOE_OK || !(error <= fmoe_error_limit(FMOE_F32)))
+        if (status != FMOE_OK || !(error <= limit_of(p)))
             return because("%s: %s, error %.2g: %s", rung->name, fmoe_status_name(status), error, why);
     }
     return HOLDS;

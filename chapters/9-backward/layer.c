@@ -200,8 +200,19 @@ static expert_args expert_backward_of(const layer_args *a, const between *b, voi
 
 static mlp_args mlp_backward_of(const layer_args *a, void *dx) {
     const fmoe_layer_args *f = &a->forward;
-    return (mlp_args){f->T,         f->d,  f->I, f->dtype,      f->x,        f->gate_proj, f->up_proj,
-                      f->down_proj, a->dy, dx,   a->dgate_proj, a->dup_proj, a->ddown_proj};
+    return (mlp_args){.T = f->T,
+                      .d = f->d,
+                      .I = f->I,
+                      .dtype = f->dtype,
+                      .x = f->x,
+                      .gate = f->gate_proj,
+                      .up = f->up_proj,
+                      .down = f->down_proj,
+                      .dy = a->dy,
+                      .dx = dx,
+                      .dgate = a->dgate_proj,
+                      .dup = a->dup_proj,
+                      .ddown = a->ddown_proj};
 }
 
 /* ---- Step by step ------------------------------------------------------------------------------------------------ */
