@@ -108,7 +108,7 @@ $(BUILD)/tests/run: $(call object,$(TESTS)) $(BUILD)/libflashmoe.a
 clean: ## remove everything that was built
 	rm -rf $(BUILD) $(NUMBERS:%=chapter%)
 
--include $(wildcard chapters/*.mk plots/*.mk tests/*.mk tests/*/*.mk)
+-include $(wildcard chapters/*.mk plots/*.mk tests/*.mk tests/*/*.mk notebooks/*.mk)
 -include $(shell find $(BUILD) -name '*.d' 2>/dev/null)
 
 endif

@@ -1,6 +1,7 @@
 #!/bin/sh
-# Installs what is missing with apt, as root or with sudo, and makes .venv for the text checks. Does nothing when nothing
-# is missing. Elsewhere it prints what to install. CUDA is never installed: the last lines say where it stands.
+# Installs what is missing with apt, as root or with sudo, and makes .venv for the text checks and the notebooks. Does
+# nothing when nothing is missing. Elsewhere it prints what to install. CUDA is never installed: the last lines say
+# where it stands.
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -20,6 +21,7 @@ need gcc has gcc
 need libc6-dev includes stdio.h
 need make has make
 need git has git
+need pkg-config has pkg-config
 need libcriterion-dev includes criterion/criterion.h
 need libjansson-dev includes jansson.h
 need gnuplot-nox has gnuplot
@@ -68,6 +70,14 @@ if [ "$(.venv/bin/cog -v 2>/dev/null || true)" != "Cog version $cog" ]; then
     python3 -m venv .venv
     .venv/bin/pip install -q --disable-pip-version-check "cogapp==$cog" ||
         echo "pip could not install cogapp: everything runs without it but make check and make prose"
+fi
+
+notebooks="numpy matplotlib nbclient nbformat ipykernel"
+if ! .venv/bin/python -c "import $(echo "$notebooks" | tr ' ' ,)" 2>/dev/null; then
+    echo "installing $notebooks into .venv"
+    # shellcheck disable=SC2086 # the words are the packages
+    .venv/bin/pip install -q --disable-pip-version-check $notebooks ||
+        echo "pip could not install them: everything runs without them but make notebooks and make test-lib"
 fi
 
 if nvcc=$(has nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null); then
