@@ -11,7 +11,7 @@ extern "C" {
 /* Each takes fmoe_expert_args with device pointers and notes bad indices. */
 fmoe_rung_fn cuda_expert_thread_a_token, cuda_expert_warp_a_token, cuda_expert_vectors, cuda_expert_in_flight,
     cuda_expert_two_kernels, cuda_expert_evict_last;
-fmoe_rung_fn cuda_expert_block_an_expert, cuda_expert_balanced, cuda_expert_slices;
+fmoe_rung_fn cuda_expert_block_an_expert, cuda_expert_balanced, cuda_expert_slices, cuda_expert_cusparse;
 /* The workspace of the rungs that keep a number a pair, of those that build a schedule, and of the one that keeps a
  * number a pair and slice. */
 fmoe_workspace_fn cuda_expert_bytes, cuda_expert_schedule_bytes, cuda_expert_slices_bytes;
@@ -19,6 +19,9 @@ fmoe_workspace_fn cuda_expert_bytes, cuda_expert_schedule_bytes, cuda_expert_sli
  * can count. */
 bool cuda_expert_16_byte_rows(const void *args), cuda_expert_small(const void *args),
     cuda_expert_can_schedule(const void *args);
+/* The library's rung: its workspace, whether the library was found, and what it can count. */
+fmoe_workspace_fn cuda_expert_cusparse_bytes;
+bool cuda_expert_cusparse_available(void), cuda_expert_cusparse_supports(const void *args);
 
 #ifdef __cplusplus
 }

@@ -46,6 +46,15 @@ const fmoe_rung cuda_expert_token_rungs[] = {
 };
 
 const fmoe_rung cuda_expert_scheduled_rungs[] = {
+    {.name = "cusparse",
+     .level = LEVEL_CORE,
+     .backend = BACKEND_CUDA,
+     .idea = "The library's two products of a sparse matrix: sampled, S = x · downᵀ at the pairs, then y = A · up.",
+     .run = CUDA_RUN(cuda_expert_cusparse),
+     .workspace = CUDA_PART(cuda_expert_cusparse_bytes),
+     .supports = CUDA_PART(cuda_expert_cusparse_supports),
+     .library = true,
+     .available = CUDA_PART(cuda_expert_cusparse_available)},
     {.name = "block-an-expert",
      .level = LEVEL_CORE,
      .backend = BACKEND_CUDA,

@@ -6,14 +6,14 @@
 #define SLICE_IN_CACHE (12 << 20) // bytes of a slice of the table that the L2 keeps without losses, ...
 #define CACHE          (40 << 20) // ... and with some
 #define ENOUGH_REUSE   4          // pairs an expert, from which a slice in the cache pays
-#define WARPS_AT_ONCE  2112       // 16 on each of 132 multiprocessors
+#define WARPS_AT_ONCE  2112       // 16 on each of 132 multiprocessors; twice as many that hold rows of 512 bytes
 
-// The readings that were fastest, by the bytes of a slice. The first is for whole rows as well, and takes more warps
-// where there are few tokens.
+// The readings that were fastest, by the bytes of a slice. The first and the third take more warps where there are few
+// tokens.
 // [readings]
 template <typename E, slice_form F> using slice_2048 = reading<E, F, 32, 4, 4, 8, 2, true>;
 template <typename E, slice_form F> using slice_1024 = reading<E, F, 32, 2, 4, 2, 12, true>;
-template <typename E, slice_form F> using slice_512 = reading<E, F, 32, 1, 4, 2, 16, true>;
+template <typename E, slice_form F> using slice_512 = reading<E, F, 32, 1, 4, 4, 8, true>;
 template <typename E, slice_form F> using slice_256 = reading<E, F, 16, 1, 4, 4, 8, true>;
 // [/readings]
 template <typename E> using elements = reading<E, ELEMENTS, 32, 1, 2, 4, 5, false>;
@@ -62,11 +62,12 @@ static fmoe_status phases(const expert_task &a, int width, int64_t warps, bool o
 template <typename E, slice_form F>
 static fmoe_status slices(const expert_task &a, int bytes, int width, bool overlap, cudaStream_t stream) {
     int64_t warps = WARPS_AT_ONCE / a.T > 2 ? WARPS_AT_ONCE / a.T : 2;
+    int64_t narrow = 2 * WARPS_AT_ONCE / (a.T * ceil_div(a.d, width));
     switch (bytes) {
     case 256:
         return phases<slice_256<E, F>>(a, width, 4, overlap, stream);
     case 512:
-        return phases<slice_512<E, F>>(a, width, 1, overlap, stream);
+        return phases<slice_512<E, F>>(a, width, narrow > 1 ? narrow : 1, overlap, stream);
     case 1024:
         return phases<slice_1024<E, F>>(a, width, 2, overlap, stream);
     default:

@@ -1,5 +1,5 @@
-// Two levels: sizes, launches, and the rungs that are made of them. fmoe_cuda_schedule calls the last one
-// that the device has.
+// Two levels: sizes, launches, and the rungs that are made of them. fmoe_cuda_schedule calls the last one that the
+// device has.
 #include "two_levels.cuh"
 
 static int bits_for(int64_t count) {
@@ -27,23 +27,37 @@ static void choose_sizes(int64_t num_pairs, int64_t N, levels *l) {
 }
 // [/geometry]
 
+// [slices]
+// A slice is what a block of sort_bucket holds in registers, or more where buckets are larger on average: what all
+// routings have in common need not be divided.
+static void choose_slices(int64_t num_pairs, levels *l) {
+    int64_t average = num_pairs / l->buckets, held = l->bucket_warps * BUCKET_ROWS * WARP;
+    l->slice = (int)(average + average / 4 < held ? held : ceil_div(average + average / 4, WARP) * WARP);
+    l->staged = l->slice < l->bucket_warps * 224 ? l->slice : l->bucket_warps * 224;
+}
+// [/slices]
+
 size_t levels_lay_out(int64_t num_pairs, int64_t N, bool even, char *memory, levels *l) {
     choose_sizes(num_pairs, N, l);
     l->chunk_warps = l->buckets <= MANY_BUCKETS ? MANY_WARPS : FEW_WARPS;
     l->bucket_warps = 1 << l->low_bits <= MANY_EXPERTS ? MANY_WARPS : FEW_WARPS;
-    l->slice = l->bucket_warps * BUCKET_ROWS * WARP;
+    choose_slices(num_pairs, l);
+    l->pitch = (int)ceil_div(l->buckets, 8) * 8;
     l->even = even;
-    // Each helper adds up a small table itself; for a large one that is a kernel of its own.
-    l->planned = even && (int64_t)l->buckets * l->chunks > 32768;
+    // Each helper adds up a small table itself, a warp its rows in 16 bits; for a large one there is a kernel.
+    l->planned = even && ((int64_t)l->buckets * l->chunks > 32768 ||
+                          ceil_div(l->chunks, l->bucket_warps) << l->chunk_bits > UINT16_MAX);
     size_t records = round_256((size_t)num_pairs * sizeof(uint32_t));
     size_t starts = round_256((size_t)(l->buckets + 1) * (size_t)l->chunks * sizeof(int32_t));
     size_t bases = round_256((size_t)(l->buckets + 1) * sizeof(int32_t));
-    size_t heavy = ((size_t)l->chunks * HEAVY_SLOTS << l->low_bits) * sizeof(int32_t);
+    size_t sizes = !even || l->planned ? 0 : round_256((size_t)l->pitch * (size_t)l->chunks * sizeof(uint16_t));
+    size_t heavy = ((size_t)l->chunks << SLOT_BITS << l->low_bits) * sizeof(int32_t);
     l->records = (uint32_t *)memory;
     l->starts = (int32_t *)(memory + records);
     l->bases = (int32_t *)(memory + records + starts);
-    l->heavy = (int32_t *)(memory + records + starts + bases);
-    return records + starts + bases + heavy;
+    l->sizes = (uint16_t *)(memory + records + starts + bases);
+    l->heavy = (uint32_t *)(memory + records + starts + bases + sizes);
+    return records + starts + bases + sizes + heavy;
 }
 
 // [launch]

@@ -19,7 +19,8 @@
 #define POSITION_BITS 20   // a record: the expert's digit within the bucket, the position within the chunk
 #define MAX_STAGED    4096 // so many records of a chunk are put in order in shared memory
 #define MAX_CHUNKS    2048
-#define HEAVY_SLOTS   16 // a segment is heavy from 1/16 of a chunk on: a chunk has at most 16
+#define SLOT_BITS     4 // a segment is heavy from 1/16 of a chunk on: a chunk has at most 16
+#define HEAVY_SLOTS   (1 << SLOT_BITS)
 
 typedef struct {
     schedule_task call;
@@ -27,11 +28,14 @@ typedef struct {
     int chunk_bits, chunks;  // a chunk is 2^chunk_bits pairs
     int chunk_warps;         // of sort_chunk's blocks
     int bucket_warps, slice; // of sort_bucket's blocks, and how many records such a block takes if even
-    bool even, planned;      // even: several blocks share a large bucket. planned: bases is there
+    int staged;              // so many records sort_bucket puts in order in shared memory
+    int pitch;               // of sizes: buckets, rounded up to 16 bytes
+    bool even, planned;      // even: several blocks share a large bucket. planned: bases are there, else sizes
     uint32_t *records;       // [T·K]
     int32_t *starts;         // [chunks, buckets + 1]
     int32_t *bases;          // [buckets + 1]: where each bucket begins in the result
-    int32_t *heavy;          // [chunks, 16, 2^low_bits]: the histograms of heavy segments
+    uint16_t *sizes;         // [chunks, pitch]: of the segments
+    uint32_t *heavy;         // [chunks, 16, 2^low_bits]: the histograms of heavy segments
 } levels;
 
 // Fills in all but call; returns the bytes of workspace after the note.
@@ -60,8 +64,13 @@ __device__ inline void wait_for_previous() {
 }
 // [/early-start]
 
+// A segment of 2^heavy_bits records is heavy. Two such begin at least so far apart that each has a slot of its own.
 __host__ __device__ static inline int heavy_bits(const levels &a) {
-    return a.chunk_bits - 4;
+    return a.chunk_bits - SLOT_BITS;
+}
+
+__device__ inline uint32_t *heavy_histogram(const levels &a, int chunk, int begin) {
+    return a.heavy + ((((int64_t)chunk << SLOT_BITS) + (begin >> heavy_bits(a))) << a.low_bits);
 }
 
 // [add-if]

@@ -2,29 +2,24 @@
 #include "two_levels_bucket.cuh"
 
 size_t sort_bucket_shared(const levels *l) {
-    int words = bucket_words(*l), plan = l->buckets + 1;
-    return sizeof(int) * (size_t)(words > plan ? words : plan);
+    size_t words = sizeof(int) * (size_t)bucket_words(*l),
+           plan = sizeof(uint16_t) * (size_t)(l->bucket_warps * l->pitch);
+    return words > plan ? words : plan;
 }
 
 // ---- Whose share a block takes
 
-// Where a lane's bucket begins: the sum of a column of starts, of every parts-th chunk from `part` on.
-__device__ inline int sum_starts(const levels &a, int bucket, int part, int parts) {
-    int sum = 0, pitch = a.buckets + 1;
-    const int32_t *starts = a.starts + min(bucket, a.buckets);
-#pragma unroll 8
-    for (int chunk = part; chunk < a.chunks; chunk += parts)
-        sum += starts[(int64_t)chunk * pitch];
-    return sum;
-}
-
 // 32 buckets a block of 8 warps; 1 KB of shared memory. Reads starts, writes bases.
 __global__ void find_bases(levels a) {
     __shared__ int sums[8][WARP];
-    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, bucket = blockIdx.x * WARP + lane;
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, bucket = blockIdx.x * WARP + lane, sum = 0;
+    const int32_t *starts = a.starts + min(bucket, a.buckets);
     let_next_start();
     wait_for_previous();
-    sums[warp][lane] = sum_starts(a, bucket, warp, 8);
+#pragma unroll 8
+    for (int chunk = warp; chunk < a.chunks; chunk += 8)
+        sum += starts[(int64_t)chunk * (a.buckets + 1)];
+    sums[warp][lane] = sum;
     __syncthreads();
     if (warp > 0 || bucket > a.buckets)
         return;
@@ -39,32 +34,48 @@ typedef struct {
 } share;
 
 // [helpers]
+// The sizes of all buckets, as WARPS numbers each that are to be added up: a warp adds up every WARPS-th row of the
+// table, eight numbers of 16 bits a load.
+template <int WARPS> __device__ inline void sum_sizes(const levels &a, uint4 *sums) {
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, eights = a.pitch / 8;
+    for (int i = lane; i < eights; i += WARP) {
+        const uint4 *sizes = (const uint4 *)a.sizes + i;
+        uint4 sum = {};
+#pragma unroll 8
+        for (int chunk = warp; chunk < a.chunks; chunk += WARPS) {
+            uint4 eight = sizes[chunk * eights];
+            sum = {sum.x + eight.x, sum.y + eight.y, sum.z + eight.z, sum.w + eight.w}; // no sum exceeds 16 bits
+        }
+        sums[warp * eights + i] = sum;
+    }
+    __syncthreads();
+}
+
+template <int WARPS> __device__ inline int size_of_bucket(const levels &a, int bucket, const uint16_t *sums) {
+    if (a.planned)
+        return a.bases[bucket + 1] - a.bases[bucket];
+    int size = 0;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++)
+        size += sums[w * a.pitch + bucket];
+    return size;
+}
+
 // Block b takes the first slice of bucket b. The blocks behind the last bucket are helpers: they count off the slices
 // that are left over, bucket by bucket.
 template <int WARPS> __device__ inline share share_of_helper(const levels &a, int helper, int *shared) {
     __shared__ __align__(16) int sums[2 * WARPS];
     __shared__ share found;
-    const int32_t *bases = a.planned ? a.bases : shared;
-    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    if (!a.planned) {
-        int groups = a.buckets / WARP + 1, parts = max(WARPS / groups, 1);
-        for (int bucket = threadIdx.x; bucket <= a.buckets; bucket += WARPS * WARP)
-            shared[bucket] = 0;
-        __syncthreads();
-        for (int unit = warp; unit < groups * parts; unit += WARPS) {
-            int bucket = unit / parts * WARP + lane, sum = sum_starts(a, bucket, unit % parts, parts);
-            if (bucket <= a.buckets)
-                atomicAdd(shared + bucket, sum);
-        }
-    }
     if (threadIdx.x == 0)
         found = {-1, 0};
-    __syncthreads();
+    if (!a.planned)
+        sum_sizes<WARPS>(a, (uint4 *)shared);
+#pragma unroll 1
     for (int first = 0, seen = 0, turn = 0, total; first < a.buckets && seen <= helper;
          first += WARPS * WARP, seen += total, turn ^= 1) {
         int bucket = first + threadIdx.x, left_over = 0;
         if (bucket < a.buckets)
-            left_over = max(bases[bucket + 1] - bases[bucket] - 1, 0) / a.slice;
+            left_over = max(size_of_bucket<WARPS>(a, bucket, (const uint16_t *)shared) - 1, 0) / a.slice;
         int earlier = seen + scan_block<WARPS>(left_over, warps_for<WARPS>(a.buckets - first), turn, sums, &total);
         if (earlier <= helper && helper < earlier + left_over)
             found = {bucket, helper - earlier + 1};
@@ -79,6 +90,7 @@ template <int WARPS> __device__ inline share share_of_helper(const levels &a, in
 template <int WARPS> __device__ inline int2 list_segments(const levels &a, int bucket, const bucket_memory &m) {
     __shared__ __align__(16) unsigned long long sums[2 * WARPS];
     unsigned long long seen = 0, total; // two sums in one number: starts above, lengths below
+#pragma unroll 1
     for (int first = 0, turn = 0; first < m.padded; first += WARPS * WARP, seen += total, turn ^= 1) {
         int chunk = first + threadIdx.x, start = 0, end = 0;
         if (chunk < a.chunks) {
@@ -113,9 +125,8 @@ __device__ inline void sort_share(const levels &a, const bucket_memory &m, int b
         take_ranks(digit, a.low_bits, counters, rank);
     }
     __syncthreads();
-    int good = place_experts<WARPS>(a, m, base, high - low < size, low == 0, lowest);
-    bool staged = size <= a.slice;
-    int *out = staged ? m.staged : a.call.pairs, out_base = staged ? base : 0;
+    int good = place_experts<WARPS>(a, m, base, low == 0, lowest);
+    bool divided = high - low < size, staged = high - low <= a.staged;
     for (int row = first; row < end; row += BUCKET_ROWS * WARP) {
         if (again) { // the counters are places by now
             load_records(a, m, row, end, digit, pair);
@@ -126,35 +137,57 @@ __device__ inline void sort_share(const levels &a, const bucket_memory &m, int b
                 rank[j] += counters[max(digit[j], 0)];
         }
 #pragma unroll
-        for (int j = 0; j < BUCKET_ROWS; j++)
-            if (digit[j] >= 0)
-                out[rank[j] - out_base] = lowest + digit[j] == a.call.N ? -1 : pair[j];
+        for (int j = 0; j < BUCKET_ROWS; j++) {
+            if (digit[j] < 0)
+                continue;
+            pair[j] = lowest + digit[j] == a.call.N ? -1 : pair[j];
+            int place = rank[j] + (divided ? m.before[digit[j]] : base);
+            if (!staged) {
+                a.call.pairs[place] = pair[j];
+                continue;
+            }
+            m.staged[rank[j]] = pair[j];
+            if (divided)
+                m.place[rank[j]] = place;
+        }
     }
     __syncthreads();
     if (staged)
 #pragma unroll 4
-        for (int i = threadIdx.x; i < size; i += WARPS * WARP)
-            a.call.pairs[base + i] = m.staged[i];
+        for (int i = threadIdx.x; i < high - low; i += WARPS * WARP)
+            a.call.pairs[divided ? m.place[i] : base + i] = m.staged[i];
     if (bucket == a.buckets - 1 && low == 0)
         note_bad_indices(a.call, good);
 }
 // [/sort-share]
 
+// A warp clears its own counters, and the block before and after.
+__device__ inline void clear_counters(const levels &a, const bucket_memory &m) {
+    clear_row(1 << a.low_bits, m.counters + (threadIdx.x / WARP << a.low_bits));
+#pragma unroll 1
+    for (int i = threadIdx.x; i < 2 << a.low_bits; i += blockDim.x)
+        m.before[i] = 0; // and after
+}
+
 // [sort-bucket]
-// A block a bucket, and T·K / slice helpers if even; 16 or 4 warps. Shared memory: (warps + 2) · 2^low_bits counters,
-// 16 bytes a chunk, up to 10 KB for a slice; 20 to 84 KB. Reads starts and 4 bytes a record, writes 4 bytes a pair and
-// the offsets.
+// A block a bucket, and T·K / slice helpers if even; 16 or 4 warps. Shared memory: (warps + 2) · 2^low_bits counters, 8
+// bytes a chunk, 8 a record for up to 3,584 records; 20 to 80 KB. Reads starts and 4 bytes a record, writes 4 bytes a
+// pair and the offsets.
 template <int WARPS> __global__ void __launch_bounds__(WARPS *WARP, 2) sort_bucket(levels a) {
-    extern __shared__ int shared[];
+    extern __shared__ __align__(16) int shared[];
     bucket_memory m = lay_out_bucket(a, shared);
     share mine = {(int)blockIdx.x, 0};
+    bool helps = mine.bucket >= a.buckets;
+    if (!helps)
+        clear_counters(a, m);
     let_next_start();
     wait_for_previous();
-    if (mine.bucket >= a.buckets)
+    if (helps) {
         mine = share_of_helper<WARPS>(a, mine.bucket - a.buckets, shared);
-    if (mine.bucket < 0)
-        return;
-    clear_row(1 << a.low_bits, m.counters + (threadIdx.x / WARP << a.low_bits));
+        if (mine.bucket < 0)
+            return;
+        clear_counters(a, m);
+    }
     int2 base_size = list_segments<WARPS>(a, mine.bucket, m);
     int base = base_size.x, size = base_size.y, low = 0, high = size;
     if (a.even && size > a.slice) {

@@ -4,15 +4,15 @@
 
 #include "two_levels.cuh"
 
-#define OTHER_ROWS 4 // so many records of other blocks a thread counts at a time
+#define SEGMENTS 4 // of so many segments of other blocks' a warp has words under way, ...
+#define WORDS    4 // ... so many of each
 
 typedef struct {
     int *counters;       // [warps, digits]
     int *before, *after; // [digits]: what other blocks of the bucket place
     int *segment;        // [padded]: how many of the bucket's records come from earlier chunks
     int *from;           // [chunks]: record i of the bucket, if it is of chunk c, is records[from[c] + i]
-    int *light, *listed; // [padded] each, for count_others; staged lies in the same place
-    int *staged;         // [slice]
+    int *staged, *place; // [staged] each: pairs in order, and their places if the bucket is divided
     int padded;          // chunks, rounded up to a power of two
 } bucket_memory;
 
@@ -24,8 +24,7 @@ __host__ __device__ static inline int padded_chunks(const levels &a) {
 }
 
 static inline int bucket_words(const levels &a) {
-    int padded = padded_chunks(a), last = 2 * padded < a.slice ? a.slice : 2 * padded;
-    return ((a.bucket_warps + 2) << a.low_bits) + 2 * padded + last;
+    return ((a.bucket_warps + 2) << a.low_bits) + 2 * padded_chunks(a) + (a.even ? 2 : 1) * a.staged;
 }
 
 __device__ inline bucket_memory lay_out_bucket(const levels &a, int *shared) {
@@ -36,8 +35,8 @@ __device__ inline bucket_memory lay_out_bucket(const levels &a, int *shared) {
     m.after = m.before + (1 << a.low_bits);
     m.segment = m.after + (1 << a.low_bits);
     m.from = m.segment + m.padded;
-    m.staged = m.light = m.from + m.padded;
-    m.listed = m.light + m.padded;
+    m.staged = m.from + m.padded;
+    m.place = m.staged + a.staged;
     return m;
 }
 
@@ -77,111 +76,118 @@ __device__ inline void load_records(const levels &a, const bucket_memory &m, int
     }
 }
 
+// A load by some lanes only, without a branch: the others get 0.
+__device__ inline uint32_t load_if(bool loads, const uint32_t *from) {
+    uint32_t word = 0;
+    asm volatile("{.reg .pred p;\n"
+                 " setp.ne.s32 p, %2, 0;\n"
+                 " @p ld.global.u32 %0, [%1];}"
+                 : "+r"(word)
+                 : "l"(from), "r"((int)loads));
+    return word;
+}
+
 // [others]
-// Sorts the bucket's segments by how they are counted: those wholly inside [low, high) not at all, heavy ones wholly
-// outside by their histograms, the others, the light ones, record by record. Returns the number of records of these.
+// Counts the segments that lie wholly outside [low, high), a warp each. One that lies before it counts as before, else
+// as after. A light segment is a list of records, a heavy one a histogram: words of 32 bits either way.
 template <int WARPS>
-__device__ inline int list_others(const levels &a, const bucket_memory &m, int size, int low, int high,
-                                  int *num_heavy) {
-    __shared__ __align__(16) int sums[2 * WARPS];
-    __shared__ int counted;
-    int light = 0, total;
-    if (threadIdx.x == 0)
-        counted = 0;
-    __syncthreads();
-    for (int first = 0, turn = 0; first < m.padded; first += WARPS * WARP, light += total, turn ^= 1) {
-        int chunk = first + threadIdx.x, length = 0;
-        if (chunk < a.chunks) {
-            int begin = m.segment[chunk], end = chunk + 1 < a.chunks ? m.segment[chunk + 1] : size;
-            bool inside = begin >= low && end <= high, outside = end <= low || begin >= high;
-            bool heavy = outside && end - begin >= 1 << heavy_bits(a);
-            length = inside || heavy ? 0 : end - begin;
-            if (heavy)
-                m.listed[atomicAdd(&counted, 1)] = chunk; // in any order: they are only added up
-        }
-        int earlier = light + scan_block<WARPS>(length, warps_for<WARPS>(a.chunks - first), turn, sums, &total);
-        if (chunk < m.padded)
-            m.light[chunk] = chunk < a.chunks ? earlier : INT32_MAX;
-    }
-    __syncthreads();
-    *num_heavy = counted;
-    return light;
-}
-
-template <int THREADS>
-__device__ inline void count_light(const levels &a, const bucket_memory &m, int light, int low, int high) {
-    int i[OTHER_ROWS], chunk[OTHER_ROWS], record[OTHER_ROWS];
-    for (int first = threadIdx.x; first < light; first += OTHER_ROWS * THREADS) {
+__device__ inline void count_segments(const levels &a, const bucket_memory &m, int size, int low, int high) {
+    int lane = threadIdx.x % WARP, digits = 1 << a.low_bits, most = max(digits, 1 << heavy_bits(a));
+#pragma unroll 1
+    for (int piece = lane; piece < most; piece += WORDS * WARP) {
+        uint32_t earlier[WORDS] = {}, later[WORDS] = {}; // of histograms
+#pragma unroll 1
+        for (int first = threadIdx.x / WARP; first < a.chunks; first += SEGMENTS * WARPS) {
+            // Each of the first lanes looks at a segment.
+            int chunk = first + lane % SEGMENTS * WARPS, begin = 0, end = 0;
+            if (chunk < a.chunks) {
+                begin = m.segment[chunk];
+                end = chunk + 1 < a.chunks ? m.segment[chunk + 1] : size;
+            }
+            bool outside = end > begin && (end <= low || begin >= high), heavy = end - begin >= 1 << heavy_bits(a);
+            int count = !outside ? 0 : heavy ? digits : end - begin, from = outside ? m.from[chunk] + begin : 0;
+            int kind = (heavy ? 2 : 0) + (begin < low ? 1 : 0), counts[SEGMENTS], kinds[SEGMENTS];
+            const uint32_t *words = a.records + from;
+            if (outside && heavy)
+                words = heavy_histogram(a, chunk, from - (chunk << a.chunk_bits));
+            uint32_t word[SEGMENTS][WORDS];
 #pragma unroll
-        for (int j = 0; j < OTHER_ROWS; j++)
-            i[j] = min(first + j * THREADS, light - 1);
-        find_chunks(m.light, m.padded, i, chunk);
+            for (int j = 0; j < SEGMENTS; j++) {
+                const uint32_t *theirs = (const uint32_t *)__shfl_sync(ALL_LANES, (unsigned long long)words, j) + piece;
+                counts[j] = __shfl_sync(ALL_LANES, count, j);
+                kinds[j] = __shfl_sync(ALL_LANES, kind, j);
 #pragma unroll
-        for (int j = 0; j < OTHER_ROWS; j++) {
-            i[j] += m.segment[chunk[j]] - m.light[chunk[j]]; // among all of the bucket's
-            record[j] = (int)(a.records[m.from[chunk[j]] + i[j]] >> POSITION_BITS);
+                for (int k = 0; k < WORDS; k++)
+                    word[j][k] = load_if(piece + k * WARP < counts[j], theirs + k * WARP);
+            }
+#pragma unroll
+            for (int j = 0; j < SEGMENTS; j++) {
+                if (kinds[j] & 2) {
+#pragma unroll
+                    for (int k = 0; k < WORDS; k++) {
+                        earlier[k] += kinds[j] & 1 ? word[j][k] : 0;
+                        later[k] += kinds[j] & 1 ? 0 : word[j][k];
+                    }
+                } else {
+                    int *counter = kinds[j] & 1 ? m.before : m.after;
+#pragma unroll
+                    for (int k = 0; k < WORDS; k++)
+                        if (piece + k * WARP < counts[j])
+                            atomicAdd(counter + (word[j][k] >> POSITION_BITS), 1);
+                }
+            }
         }
 #pragma unroll
-        for (int j = 0; j < OTHER_ROWS; j++)
-            if (first + j * THREADS < light && (i[j] < low || i[j] >= high))
-                atomicAdd((i[j] < low ? m.before : m.after) + record[j], 1);
-    }
-}
-
-template <int THREADS>
-__device__ inline void count_listed(const levels &a, const bucket_memory &m, int num_heavy, int low) {
-    int digits = 1 << a.low_bits, parts = max(THREADS >> a.low_bits, 1);
-    for (int digit = threadIdx.x & (digits - 1); digit < digits; digit += THREADS) {
-        int earlier = 0, later = 0;
-#pragma unroll 4
-        for (int h = threadIdx.x >> a.low_bits; h < num_heavy; h += parts) {
-            int chunk = m.listed[h], begin = m.segment[chunk];
-            int slot = (m.from[chunk] + begin - (chunk << a.chunk_bits)) >> heavy_bits(a);
-            int count = a.heavy[(((int64_t)chunk * HEAVY_SLOTS + slot) << a.low_bits) + digit];
-            earlier += begin < low ? count : 0;
-            later += begin < low ? 0 : count;
-        }
-        if (earlier)
-            atomicAdd(m.before + digit, earlier);
-        if (later)
-            atomicAdd(m.after + digit, later);
+        for (int k = 0; k < WORDS; k++)
+            if (piece + k * WARP < digits) {
+                atomicAdd(m.before + piece + k * WARP, (int)earlier[k]);
+                atomicAdd(m.after + piece + k * WARP, (int)later[k]);
+            }
     }
 }
 
 // Counts what lies outside [low, high). The barrier that follows is the caller's.
 template <int WARPS>
 __device__ inline void count_others(const levels &a, const bucket_memory &m, int size, int low, int high) {
+    int ends[2] = {low, high - 1}, chunk[2];
+    find_chunks(m.segment, m.padded, ends, chunk);
+    // What the segments at both ends have outside, by all threads.
+    int begin = m.segment[chunk[0]], end = chunk[1] + 1 < a.chunks ? m.segment[chunk[1] + 1] : size;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < 2 << a.low_bits; i += WARPS * WARP)
-        m.before[i] = 0; // and after
-    int num_heavy, light = list_others<WARPS>(a, m, size, low, high, &num_heavy);
-    count_light<WARPS * WARP>(a, m, light, low, high);
-    count_listed<WARPS * WARP>(a, m, num_heavy, low);
+    for (int i = begin + threadIdx.x, gap = high - low; i < end - gap; i += WARPS * WARP) {
+        bool earlier = i < low;
+        int record = earlier ? m.from[chunk[0]] + i : m.from[chunk[1]] + i + gap;
+        atomicAdd((earlier ? m.before : m.after) + (a.records[record] >> POSITION_BITS), 1);
+    }
+    count_segments<WARPS>(a, m, size, low, high);
 }
 // [/others]
 
 // [place-experts]
-// Counters become places: by expert, and for one expert first what earlier slices place, then warp by warp. The first
+// Counters become places among the block's records: by expert, and for one expert warp by warp. before becomes what has
+// to be added for the place in the result: there an expert's pairs begin with what earlier slices place. The first
 // slice's block writes the offsets. Returns how many pairs have an expert, if this is expert N's bucket.
 template <int WARPS>
-__device__ inline int place_experts(const levels &a, const bucket_memory &m, int base, bool divided, bool writes,
-                                    int lowest) {
-    __shared__ __align__(16) int sums[2 * WARPS];
+__device__ inline int place_experts(const levels &a, const bucket_memory &m, int base, bool writes, int lowest) {
+    __shared__ __align__(16) unsigned long long sums[2 * WARPS];
     __shared__ int good;
-    int digits = 1 << a.low_bits, total;
-    for (int first = 0, turn = 0; first < digits; first += WARPS * WARP, base += total, turn ^= 1) {
+    int digits = 1 << a.low_bits;
+    unsigned long long seen = 0, total; // two sums in one number: of the bucket above, of the block below
+    for (int first = 0, turn = 0; first < digits; first += WARPS * WARP, seen += total, turn ^= 1) {
         int active = warps_for<WARPS>(digits - first), digit = first + threadIdx.x, held[WARPS], count = 0, ahead = 0;
         bool inside = digit < digits;
+        unsigned long long both = 0;
         if (threadIdx.x / WARP < active)
             count = sum_column<WARPS>(m.counters, digits, min(digit, digits - 1), held);
-        count = inside ? count : 0;
-        if (divided && inside) {
-            ahead = m.before[digit];
-            count += ahead + m.after[digit];
-        }
-        int place = base + scan_block<WARPS>(count, active, turn, sums, &total);
         if (inside) {
-            place_column<WARPS>(m.counters, digits, digit, held, place + ahead);
+            ahead = m.before[digit];
+            both = (unsigned long long)(ahead + m.after[digit] + count) << 32 | (unsigned)count;
+        }
+        both = seen + scan_block<WARPS>(both, active, turn, sums, &total);
+        if (inside) {
+            int place = base + (int)(both >> 32), own = (int)both;
+            place_column<WARPS>(m.counters, digits, digit, held, own);
+            m.before[digit] = place + ahead - own;
             if (writes && lowest + digit <= a.call.N)
                 a.call.offsets[lowest + digit] = place;
             if (lowest + digit == a.call.N)

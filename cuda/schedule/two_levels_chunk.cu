@@ -56,8 +56,8 @@ typedef struct {
     int count, begin[HEAVY_SLOTS], end[HEAVY_SLOTS];
 } heavy_list;
 
-// Counters become places, by bucket and then by warp; the chunk's row of starts; its heavy segments. Ends with a
-// barrier.
+// Counters become places, by bucket and then by warp; the chunk's rows of starts and sizes; its heavy segments. Ends
+// with a barrier.
 template <int WARPS>
 __device__ inline void place_buckets(const levels &a, int count, int *counters, heavy_list *heavy) {
     __shared__ __align__(16) int sums[2 * WARPS];
@@ -72,6 +72,8 @@ __device__ inline void place_buckets(const levels &a, int count, int *counters, 
         if (inside) {
             starts[bucket] = place;
             place_column<WARPS>(counters, a.buckets, bucket, held, place);
+            if (a.even && !a.planned)
+                a.sizes[(int64_t)blockIdx.x * a.pitch + bucket] = (uint16_t)size;
             if (size >= 1 << heavy_bits(a)) {
                 int entry = atomicAdd(&heavy->count, 1);
                 heavy->begin[entry] = place;
@@ -102,8 +104,8 @@ template <int THREADS> __device__ void count_heavy(const levels &a, const heavy_
         __syncthreads();
 #pragma unroll 1
         for (int i = threadIdx.x; i < entries << a.low_bits; i += THREADS) {
-            int slot = heavy.begin[first + (i >> a.low_bits)] >> heavy_bits(a), digit = i & ((1 << a.low_bits) - 1);
-            a.heavy[(((int64_t)blockIdx.x * HEAVY_SLOTS + slot) << a.low_bits) + digit] = m.histogram[i];
+            int begin = heavy.begin[first + (i >> a.low_bits)], digit = i & ((1 << a.low_bits) - 1);
+            heavy_histogram(a, blockIdx.x, begin)[digit] = (uint32_t)m.histogram[i];
         }
         __syncthreads();
     }
@@ -113,7 +115,8 @@ template <int THREADS> __device__ void count_heavy(const levels &a, const heavy_
 // [sort-chunk]
 // A block a chunk, 16 or 4 warps, each with consecutive pairs. Shared memory: warps · buckets counters, the chunk's
 // records and 8 KB; 24 to 56 KB. Reads the indices (again, from a cache, if a warp has more rows than fit registers),
-// writes 4 bytes a pair and the chunk's row of starts.
+// writes 4 bytes a pair and the chunk's rows of starts and sizes. The next kernel may start once little is left to do:
+// blocks that came earlier would take issue slots from this one.
 template <int WARPS, int ROWS> __global__ void __launch_bounds__(WARPS *WARP, 2) sort_chunk(levels a) {
     extern __shared__ int shared[];
     __shared__ heavy_list heavy;
@@ -123,7 +126,6 @@ template <int WARPS, int ROWS> __global__ void __launch_bounds__(WARPS *WARP, 2)
     bool again = each > ROWS * WARP; // more rows than registers
     chunk_memory m = lay_out_shared(a, shared);
     int *counters = m.counters + warp * a.buckets, expert[ROWS], rank[ROWS];
-    let_next_start();
     if (first < end)
         load_experts(a, begin, first, end, expert);
     clear_row(a.buckets, counters);
@@ -152,6 +154,7 @@ template <int WARPS, int ROWS> __global__ void __launch_bounds__(WARPS *WARP, 2)
                                     (uint32_t)(row + j * WARP + lane);
     }
     __syncthreads();
+    let_next_start();
     if (is_staged(a))
 #pragma unroll 4
         for (int i = threadIdx.x; i < count; i += WARPS * WARP)

@@ -33,7 +33,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 SCRATCH = ROOT / "build" / "mutants"
 WORKERS = 2
-GPU_WORKERS = 4  # compile and run at once; chapter 0's sentences, which time the GPU, have it to themselves
+GPU_WORKERS = 8  # compile and run at once; chapter 0's sentences, which time the GPU, have it to themselves
 # -O1 compiles quickly; without -march=native an illegal instruction cannot be mistaken for a catch.
 FLAGS = ["OPT=-O1", "CFLAGS=-O1 -w", "BUILD=build"]
 WITHOUT_CUDA = ["NVCC="]
@@ -201,7 +201,7 @@ class Tester:
             if errors:
                 return None, errors
             seconds = self.seconds[mutant.chapter]
-            # One program among four on a GPU takes longer than it did alone.
+            # One program among several on a GPU takes longer than it did alone.
             patience = self.workers if self.gpu else 1
             with self.turns(self.workers if self.gpu and mutant.chapter == 0 else 1):
                 return run(tree, mutant.chapter, self.gpu, patience * (10 + 3 * seconds), 60 + 10 * patience * seconds), None
