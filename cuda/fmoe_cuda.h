@@ -94,11 +94,23 @@ size_t fmoe_cuda_schedule_workspace(int64_t T, int64_t K, int64_t N);
 /* y_t = Σ_k silu(⟨x_t, down[e]⟩) · g · up[e] with e = indices[t, k], g = weights[t, k]; repeated indices and negative
  * weights are fine; 1 ≤ K ≤ N. Notes bad indices; their terms are left out.
  * x [T, d], down, up [N, d], y [T, d] of dtype; indices, weights [T, K]; pre_activations [T, K] (optional):
- * ⟨x_t, down[e]⟩, 0 for a bad index. Fastest where a row is a multiple of 16 bytes. */
+ * ⟨x_t, down[e]⟩, 0 for a bad index. Fastest where a row is a multiple of 16 bytes. Where tokens choose a good part of
+ * all experts every token may be multiplied by every expert (chapter 7), the products that nobody asked for with an
+ * activation of zero: tables of 16-bit types must not hold infinities or NaNs then, even in rows that nobody chose. */
 fmoe_status fmoe_cuda_expert(int64_t T, int64_t d, int64_t N, int64_t K, fmoe_dtype dtype, const void *x,
                              const void *down, const void *up, const int32_t *indices, const float *weights, void *y,
                              float *pre_activations, void *workspace, size_t workspace_bytes, void *stream);
 size_t fmoe_cuda_expert_workspace(int64_t T, int64_t d, int64_t N, int64_t K, fmoe_dtype dtype);
+
+/* ---- Step: mlp (chapter 6) --------------------------------------------------------------------------------------- */
+
+/* y = (silu(x · gateᵀ) ⊙ (x · upᵀ)) · downᵀ: the shared SwiGLU MLP.
+ * x, y [T, d], gate, up [I, d], down [d, I] of dtype. The hidden units between the products are rounded once to dtype.
+ * Tensor cores take 16-bit types whose rows, of d and of I elements, are multiples of 16 bytes. */
+fmoe_status fmoe_cuda_mlp(int64_t T, int64_t d, int64_t I, fmoe_dtype dtype, const void *x, const void *gate,
+                          const void *up, const void *down, void *y, void *workspace, size_t workspace_bytes,
+                          void *stream);
+size_t fmoe_cuda_mlp_workspace(int64_t T, int64_t d, int64_t I, fmoe_dtype dtype);
 
 #ifdef __cplusplus
 }

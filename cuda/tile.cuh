@@ -28,30 +28,50 @@ template <typename E> __device__ inline void load_right(unsigned (&parts)[4], co
     load_matrices(parts, tile + tile_at(row + lane % 8 + lane / 16 * 8, 2 * step + lane / 8 % 2));
 }
 
-// ---- Host: a matrix [rows, columns] of 16-bit elements for copy_box, in boxes of box_rows × 64 ----
+// Two neighbours rounded to the storage type, packed as the tensor cores take and give them.
+template <typename E> __device__ inline unsigned round_pair(float a, float b) {
+    if constexpr (is_bf16<E>::value) {
+        __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
+        return *(unsigned *)&pair;
+    } else {
+        __half2 pair = __floats2half2_rn(a, b);
+        return *(unsigned *)&pair;
+    }
+}
 
-// The copy engine wants rows that start at multiples of 16 bytes, so columns is a multiple of 8.
-// cuTensorMapEncodeTiled belongs to the driver, which the program is not linked with: the runtime knows where it is.
+// ---- Host: a matrix [rows, columns] of 16-bit elements for copy_box and store_box, in boxes of box_rows × 64 ----
+
+// The copy engine wants rows that start at multiples of 16 bytes, so `pitch`, the elements from row to row, is a
+// multiple of 8. cuTensorMapEncodeTiled belongs to the driver, which the program is not linked with: the runtime knows
+// where it is.
 typedef CUresult encode_tensor_map_fn(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *,
                                       const cuuint64_t *, const cuuint32_t *, const cuuint32_t *, CUtensorMapInterleave,
                                       CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
 
-static inline fmoe_status describe_matrix(const char *name, CUtensorMap *map, fmoe_dtype dtype, const void *matrix,
-                                          int64_t rows, int64_t columns, int box_rows) {
+// fetch: how much at once the L2 asks memory for.
+static inline fmoe_status describe_part(const char *name, CUtensorMap *map, fmoe_dtype dtype, const void *matrix,
+                                        int64_t rows, int64_t columns, int64_t pitch, int box_rows,
+                                        CUtensorMapL2promotion fetch) {
     void *encode = NULL;
     cudaDriverEntryPointQueryResult found;
     TRY(cuda_call("cuTensorMapEncodeTiled", cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000,
                                                                              cudaEnableDefault, &found)));
     if (!encode)
         return fmoe_fail(FMOE_UNSUPPORTED, "the driver has no cuTensorMapEncodeTiled");
-    cuuint64_t sizes[] = {(cuuint64_t)columns, (cuuint64_t)rows}, pitch[] = {(cuuint64_t)columns * 2};
+    cuuint64_t sizes[] = {(cuuint64_t)columns, (cuuint64_t)rows}, bytes[] = {(cuuint64_t)pitch * 2};
     cuuint32_t box[] = {TILE_DEPTH, (cuuint32_t)box_rows}, steps[] = {1, 1};
     CUresult result = ((encode_tensor_map_fn *)encode)(
         map, dtype == FMOE_BF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, (void *)matrix,
-        sizes, pitch, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+        sizes, bytes, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, fetch,
+        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     return result == CUDA_SUCCESS ? FMOE_OK
                                   : fmoe_fail(FMOE_CUDA, "cuTensorMapEncodeTiled of %s: error %d", name, (int)result);
+}
+
+static inline fmoe_status describe_matrix(const char *name, CUtensorMap *map, fmoe_dtype dtype, const void *matrix,
+                                          int64_t rows, int64_t columns, int box_rows) {
+    return describe_part(name, map, dtype, matrix, rows, columns, columns, box_rows,
+                         CU_TENSOR_MAP_L2_PROMOTION_L2_256B);
 }
 
 #endif

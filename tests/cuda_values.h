@@ -4,8 +4,12 @@
 #define CUDA_VALUES_H
 
 #include "../chapters/device.h"
+#include "../cuda/expert_backward/expert_backward.h"
 #include "../cuda/fmoe_cuda.h"
+#include "../cuda/layer/layer.h"
+#include "../cuda/mlp_backward/mlp_backward.h"
 #include "../cuda/rungs.h"
+#include "../cuda/strategies/strategies.h"
 #include "values.h"
 
 /* A pointer of an arguments' struct: where it stands, what it points at. NULL stays NULL. */
@@ -120,6 +124,18 @@ double peak_fma_gflops(void);
 #pragma weak fmoe_cuda_topk_workspace
 #pragma weak fmoe_cuda_topk_backward
 #pragma weak fmoe_cuda_topk_backward_workspace
+#pragma weak cuda_strategy_choose
+#pragma weak cuda_strategy_cost_us
+#pragma weak fmoe_cuda_mlp
+#pragma weak fmoe_cuda_mlp_workspace
+#pragma weak fmoe_cuda_layer_forward
+#pragma weak fmoe_cuda_layer_workspace
+#pragma weak fmoe_cuda_side_create
+#pragma weak fmoe_cuda_side_destroy
+#pragma weak fmoe_cuda_expert_backward
+#pragma weak fmoe_cuda_expert_backward_workspace
+#pragma weak fmoe_cuda_mlp_backward
+#pragma weak fmoe_cuda_mlp_backward_workspace
 #endif
 
 #endif

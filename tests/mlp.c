@@ -1,5 +1,5 @@
 /* Chapter 6: the shared dense MLP, its tiles and its ladder. */
-#include "values.h"
+#include "cuda_values.h"
 
 #include "../chapters/gemm.h"
 
@@ -509,4 +509,167 @@ static const char *spoiled(const int64_t *size, uint64_t seed) {
 SENTENCE(6, 18, "A NaN or an infinity in one token reaches no other token.", "a padded tile must not leak",
          "the reference") {
     for_sizes("T d I", spoiled, SIZES({1, 3, 2}, {5, 8, 5}, {20, 33, 70}, {65, 40, 100}));
+}
+
+/* A right rung's output, of which rows 0, 3, 6, ... are compared, with one element changed. */
+static double sampled_error_with(fmoe_problem *p, int64_t at, float value) {
+    fmoe_argument *y = fmoe_problem_find(p, "y");
+    memcpy(y->data, y->expected, (size_t)y->count * sizeof(float));
+    ((float *)y->data)[at] = value;
+    return fmoe_problem_error(p, NULL);
+}
+
+SENTENCE(
+    6, 24,
+    "Where the reference computes some tokens only, an error in one of them shows, and so does a NaN in any other.",
+    "all tokens of a large MLP would take the reference minutes", "planted errors") {
+    fmoe_problem p FREED(fmoe_problem_free) = new_problem(&fmoe_step_mlp, fresh_seed(), "T8-d5-I9-f32");
+    fmoe_problem_find(&p, "y")->rows_apart = 3;
+    for (int64_t t = 0; t < 8; t++) {
+        expect((sampled_error_with(&p, t * 5 + 2, 9) > 1e-2) == (t % 3 == 0), "a 9 in token %d", (int)t);
+        expect(!(sampled_error_with(&p, t * 5 + 4, NAN) <= 1e-2), "a NaN in token %d is not seen", (int)t);
+    }
+    fmoe_mlp_reference_operations = 1e6;
+    fmoe_problem large FREED(fmoe_problem_free) = new_problem(&fmoe_step_mlp, fresh_seed(), "T400-d24-I30-bf16");
+    expect(fmoe_problem_find(&large, "y")->rows_apart == 7, "of 1.7 million operations a quarter million is left");
+    const char *wrong = rungs_right(own_rungs(), &large);
+    expect(wrong == HOLDS, "a right rung is refused: %s", wrong);
+}
+
+/* ---- On the GPU -------------------------------------------------------------------------------------------------- */
+
+static fmoe_status run_public(const void *args, void *workspace, size_t bytes, void *stream) {
+    const fmoe_mlp_args *a = args;
+    return fmoe_cuda_mlp(a->T, a->d, a->I, a->dtype, a->x, a->gate, a->up, a->down, a->y, workspace, bytes, stream);
+}
+
+static size_t public_workspace(const void *args) {
+    const fmoe_mlp_args *a = args;
+    return fmoe_cuda_mlp_workspace(a->T, a->d, a->I, a->dtype);
+}
+
+/* The ladder without the vendor's library, whose state is its own, and the public function behind it. */
+static const fmoe_rung *gpu_rungs(void) {
+    static fmoe_rung own[16];
+    int count = 0;
+    for (const fmoe_rung *rung = cuda_mlp_rungs; rung->run; rung++)
+        if (!rung->library)
+            own[count++] = *rung;
+    cr_assert(count < 15);
+    own[count++] =
+        (fmoe_rung){.name = "fmoe_cuda_mlp", .backend = BACKEND_CUDA, .run = run_public, .workspace = public_workspace};
+    own[count] = (fmoe_rung){0};
+    return own;
+}
+
+static const char *gpu_matches(const int64_t *size, uint64_t seed) {
+    return rungs_agree(&fmoe_step_mlp, gpu_rungs(), seed, "T%lld-d%lld-I%lld-%s", (long long)size[0],
+                       (long long)size[1], (long long)size[2], fmoe_dtype_name((fmoe_dtype)size[3]));
+}
+
+static const char *library_matches(const int64_t *size, uint64_t seed) {
+    return rungs_agree(&fmoe_step_mlp, cuda_mlp_rungs, seed, "T%lld-d%lld-I%lld-%s", (long long)size[0],
+                       (long long)size[1], (long long)size[2], fmoe_dtype_name((fmoe_dtype)size[3]));
+}
+
+/* Around the edges of tiles of 64, 128 and 256, of loads of 16 bytes, and of the few tokens that have kernels of their
+ * own; several tiles in each direction, and sums that are split. */
+#define GPU_MLP_SIZES                                                                                                  \
+    SIZES({0, 8, 8, 2}, {3, 7, 5, 0}, {3, 7, 5, 2}, {1, 8, 8, 1}, {1, 1024, 512, 2}, {2, 72, 104, 1}, {3, 128, 64, 2}, \
+          {4, 136, 72, 0}, {5, 512, 264, 2}, {8, 64, 1024, 2}, {9, 64, 128, 1}, {17, 200, 96, 2}, {33, 256, 128, 1},   \
+          {64, 1024, 1024, 2}, {64, 8, 8, 2}, {65, 64, 64, 2}, {127, 128, 256, 1}, {128, 256, 128, 2},                 \
+          {129, 264, 136, 2}, {257, 72, 520, 1}, {300, 1000, 776, 2}, {520, 1024, 264, 2}, {700, 136, 2056, 1},        \
+          {65, 100, 257, 0}, {129, 257, 131, 0}, {66, 131, 65, 1}, {130, 33, 260, 2}, {301, 8, 1, 0})
+
+CUDA_SENTENCE(6, 19, "Every GPU rung computes the MLP, for sizes that fill no tile and for each storage type.",
+              "a tile at an edge is half outside, a token alone has kernels of its own",
+              "fmoe_mlp; NaN in outputs and workspace before, guard bands after") {
+    for_sizes("T d I dtype", gpu_matches, GPU_MLP_SIZES);
+    for_random_sizes("T d I dtype", gpu_matches, 40, (int64_t[]){1, 1, 1, 0}, (int64_t[]){90, 150, 150, 2});
+    for_sizes("T d I dtype", library_matches, SIZES({129, 264, 136, 2}, {65, 100, 257, 0}, {300, 1000, 776, 1}));
+}
+
+static const char *gpu_multiples(const int64_t *size, uint64_t seed) {
+    const int64_t aligned[] = {size[0], 8 * size[1], 8 * size[2], size[3]};
+    return gpu_matches(aligned, seed);
+}
+
+CUDA_SENTENCE(6, 20, "Where rows are multiples of 16 bytes, tensor cores compute the MLP of any number of tokens.",
+              "the copy engine wants such rows, and fills up what lies outside with zeros", "fmoe_mlp") {
+    for_random_sizes("T d/8 I/8 dtype", gpu_multiples, 40, (int64_t[]){1, 1, 1, 1}, (int64_t[]){300, 40, 60, 2});
+}
+
+static const char *gpu_repeats(const int64_t *size, uint64_t seed) {
+    return rungs_repeat(&fmoe_step_mlp, gpu_rungs(), seed, "T%lld-d%lld-I%lld-%s", (long long)size[0],
+                        (long long)size[1], (long long)size[2], fmoe_dtype_name((fmoe_dtype)size[3]));
+}
+
+CUDA_SENTENCE(6, 21, "Every GPU rung of the MLP writes the same bits in every run, and depends on its arguments alone.",
+              "parts of a sum are added in one order, whoever is ready first",
+              "three runs; a graph replayed with new data; two streams that start together") {
+    for_sizes("T d I dtype", gpu_repeats,
+              SIZES({1, 1024, 512, 2}, {3, 7, 5, 0}, {20, 256, 520, 1}, {64, 1024, 1024, 2}, {200, 1024, 2048, 2},
+                    {300, 72, 104, 0}));
+    static const char *const cases[] = {"T1-d1024-I512-bf16", "T40-d256-I512-f16", "T300-d512-I1024-bf16",
+                                        "T67-d33-I70-f32"};
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        const char *wrong = rungs_replay(&fmoe_step_mlp, gpu_rungs(), fresh_seed(), cases[i]);
+        expect(wrong == HOLDS, "%s: %s", cases[i], wrong);
+        wrong = rungs_side_by_side(&fmoe_step_mlp, gpu_rungs(), fresh_seed(), cases[i]);
+        expect(wrong == HOLDS, "%s: %s", cases[i], wrong);
+    }
+}
+
+/* Every GPU rung on a problem whose tokens were changed after drawing. */
+static const char *gpu_on_changed(const int64_t *size, uint64_t seed, void (*change)(float *x, int64_t T, int64_t d)) {
+    fmoe_problem p FREED(fmoe_problem_free) =
+        new_problem(&fmoe_step_mlp, seed, "T%lld-d%lld-I%lld-%s", (long long)size[0], (long long)size[1],
+                    (long long)size[2], fmoe_dtype_name((fmoe_dtype)size[3]));
+    float *x OWNED = fmoe_problem_f32(&p, "x");
+    cr_assert(x != NULL);
+    change(x, p.c.T, p.c.d);
+    fmoe_from_f32(p.c.dtype, p.c.T * p.c.d, x, fmoe_problem_find(&p, "x")->data);
+    CALL(p.step->reference(&p));
+    return rungs_right(gpu_rungs(), &p);
+}
+
+static const char *gpu_extreme(const int64_t *size, uint64_t seed) {
+    return gpu_on_changed(size, seed, enlarge);
+}
+
+static const char *gpu_spoiled(const int64_t *size, uint64_t seed) {
+    return gpu_on_changed(size, seed, spoil);
+}
+
+CUDA_SENTENCE(6, 22,
+              "On the GPU too pre-activations of thousands overflow nowhere, and a NaN or an infinity stays with its "
+              "token.",
+              "exp(−s) overflows float32 from s = −89 on; a padded tile must not leak", "fmoe_mlp") {
+    for_sizes("T d I dtype", gpu_extreme, SIZES({3, 8, 5, 0}, {20, 64, 72, 2}, {70, 136, 264, 2}, {150, 33, 70, 0}));
+    for_sizes(
+        "T d I dtype", gpu_spoiled,
+        SIZES({1, 8, 8, 2}, {5, 8, 5, 0}, {20, 64, 72, 1}, {65, 40, 104, 2}, {150, 136, 264, 2}, {150, 33, 70, 0}));
+}
+
+CUDA_HOST_SENTENCE(6, 23, "fmoe_cuda_mlp names bad arguments before it launches anything.",
+                   "what the host can see it says at once", "the contract") {
+    float m[16] = {0};
+    const size_t plenty = (size_t)1 << 40;
+#define RUN(T, d, I, dtype, x, gate, up, down, y, workspace, bytes)                                                    \
+    fmoe_cuda_mlp(T, d, I, dtype, x, gate, up, down, y, workspace, bytes, NULL)
+    refused(RUN(-1, 2, 4, FMOE_F32, m, m, m, m, m, m, plenty), FMOE_BAD_SIZE, "tokens = -1");
+    refused(RUN(2, 0, 4, FMOE_F32, m, m, m, m, m, m, plenty), FMOE_BAD_SIZE, "hidden_size = 0");
+    refused(RUN(2, 2, -4, FMOE_F32, m, m, m, m, m, m, plenty), FMOE_BAD_SIZE, "intermediate_size = -4");
+    refused(RUN(2, 2, 4, FMOE_I32, m, m, m, m, m, m, plenty), FMOE_UNSUPPORTED, "dtype = 3");
+    refused(RUN(INT64_MAX / 8, 1000, 4, FMOE_F32, m, m, m, m, m, m, plenty), FMOE_OVERFLOW, "tokens");
+    refused(RUN(2, 2, 4, FMOE_F32, NULL, m, m, m, m, m, plenty), FMOE_NULL_POINTER, "x");
+    refused(RUN(2, 2, 4, FMOE_F32, m, NULL, m, m, m, m, plenty), FMOE_NULL_POINTER, "gate_proj");
+    refused(RUN(2, 2, 4, FMOE_F32, m, m, NULL, m, m, m, plenty), FMOE_NULL_POINTER, "up_proj");
+    refused(RUN(2, 2, 4, FMOE_F32, m, m, m, NULL, m, m, plenty), FMOE_NULL_POINTER, "down_proj");
+    refused(RUN(2, 2, 4, FMOE_F32, m, m, m, m, NULL, m, plenty), FMOE_NULL_POINTER, "y");
+    size_t needed = fmoe_cuda_mlp_workspace(2, 2, 4, FMOE_F32);
+    refused(RUN(2, 2, 4, FMOE_F32, m, m, m, m, m, m, needed - 1), FMOE_BAD_WORKSPACE, "workspace_bytes");
+    refused(RUN(2, 2, 4, FMOE_F32, m, m, m, m, m, NULL, needed), FMOE_NULL_POINTER, "workspace");
+    expect(RUN(0, 2, 4, FMOE_BF16, NULL, m, m, m, NULL, NULL, 0) == FMOE_OK, "T = 0: %s", fmoe_error_message());
+#undef RUN
 }
