@@ -36,6 +36,10 @@ for n in 0 1 2 3 4 5 6 7 8 9; do
         awk -f plots/with_peers.awk "$(dirname "$csv")/peers.csv" "$csv" >"$joined"
         draw ladder "$joined" "plots/chapter$n-gpu.svg" "$title"
     fi
+    if [ -n "$csv" ] && [ $n = 7 ] && grep -q ',crossover,.*,cuda,' "$csv"; then # the map of the GPU's strategies alone
+        grep -v ',cpu,' "$csv" >"$joined"
+        draw crossover "$joined" plots/chapter7-gpu-crossover.svg "$title"
+    fi
     if [ -n "$csv" ] && [ $n = 3 ]; then # one case of it, for the README
         sed -n -i '1p;/,topk,T4096-n128-K64-normal-f32,/p' "$joined"
         draw ladder "$joined" plots/readme-gpu.svg "$title"

@@ -914,3 +914,130 @@ CUDA_SENTENCE(5, 13,
     for_sizes("T d N K dtype routing", gpu_repeats, GPU_REPEAT_SIZES);
     gpu_depends_on_arguments_alone();
 }
+
+/* ---- On the GPU: the strategies ---------------------------------------------------------------------------------- */
+
+/* Tiles of tokens, of experts and of grid rows that are not full; a K that is large for N; a d that fills no chunk;
+ * 16-bit types in rows of 16 bytes, which tensor cores take. */
+#define STRATEGY_SIZES                                                                                                 \
+    SIZES({1, 8, 1, 1, 2, 0}, {5, 16, 9, 7, 1, 0}, {3, 8, 4, 4, 2, 0}, {29, 72, 50, 9, 2, 0}, {29, 72, 50, 9, 1, 1},   \
+          {7, 1024, 33, 33, 2, 0}, {130, 64, 300, 20, 2, 0}, {257, 136, 520, 40, 1, 0}, {65, 264, 1000, 300, 2, 0},    \
+          {300, 72, 169, 12, 2, 2}, {129, 128, 256, 33, 1, 2}, {70, 1024, 16384, 64, 2, 2}, {33, 40, 16384, 64, 2, 3}, \
+          {700, 8, 40, 1, 2, 1}, {400, 64, 102400, 512, 2, 2}, {128, 128, 25700, 2048, 1, 0})
+
+CUDA_SENTENCE(7, 15, "On the GPU every strategy computes the reference's output, whichever suits the routing.",
+              "dense tiles hold pairs that nobody chose, and a chosen one may lie at any edge",
+              "fmoe_expert; NaN in outputs and workspace before, guard bands after") {
+    gpu_ladder = cuda_strategies_rungs;
+    for_sizes("T d N K dtype routing", gpu_agrees, GPU_SIZES);
+    for_sizes("T d N K dtype routing", gpu_agrees, STRATEGY_SIZES);
+}
+
+static const char *gpu_agrees_aligned(const int64_t *size, uint64_t seed) {
+    const int64_t aligned[] = {size[0], 8 * size[1], size[2], size[3], size[4], size[5]};
+    return gpu_agrees(aligned, seed);
+}
+
+CUDA_SENTENCE(7, 16, "On the GPU tensor cores take any number of tokens, experts and choices.",
+              "a list is as long as the routing makes it", "fmoe_expert") {
+    gpu_ladder = cuda_strategies_rungs;
+    for_random_sizes("T d/8 N K dtype routing", gpu_agrees_aligned, 60, (int64_t[]){1, 1, 1, 1, 1, 0},
+                     (int64_t[]){200, 40, 900, 60, 2, 1});
+}
+
+CUDA_SENTENCE(7, 17, "On the GPU every strategy writes the same bits in every run, and depends on its arguments alone.",
+              "lists are built without a race, and parts of a sum are added in one order",
+              "three runs; a graph replayed with new data; two streams that start together") {
+    gpu_ladder = cuda_strategies_rungs;
+    for_sizes("T d N K dtype routing", gpu_repeats, GPU_REPEAT_SIZES);
+    for_sizes("T d N K dtype routing", gpu_repeats,
+              SIZES({257, 136, 520, 40, 1, 0}, {300, 1024, 1024, 64, 2, 2}, {128, 256, 9000, 700, 2, 0}));
+    gpu_depends_on_arguments_alone();
+}
+
+/* Every third token chooses one expert K times; every other weight is negative. */
+static void repeat_and_negate(const fmoe_problem *p) {
+    const fmoe_expert_args *a = p->args;
+    int32_t *indices = fmoe_problem_find(p, "indices")->data;
+    float *weights = fmoe_problem_find(p, "weights")->data;
+    for (int64_t i = 0; i < a->T * a->K; i++) {
+        if (i / a->K % 3 == 0)
+            indices[i] = indices[i / a->K * a->K];
+        if (i % 2)
+            weights[i] = -weights[i];
+    }
+}
+
+/* Afterwards `bad` indices, whose weights are 0 for the reference, are none. */
+static const char *strategies_take_any(const int64_t *size, uint64_t seed) {
+    if (size[3] > size[2])
+        return DOES_NOT_APPLY;
+    fmoe_problem p PROBLEM = problem_of(size, "bf16", seed);
+    repeat_and_negate(&p);
+    const fmoe_expert_args *a = p.args;
+    int32_t *indices = fmoe_problem_find(&p, "indices")->data;
+    float *weights = fmoe_problem_find(&p, "weights")->data;
+    int64_t first = -1;
+    const int32_t wrong[] = {-1, (int32_t)a->N, INT32_MIN, INT32_MAX};
+    for (int pass = 0; pass < 2; pass++) {
+        for (int64_t i = 0; i < size[4]; i++) {
+            int64_t at = (int64_t)(fmoe_random_bits(seed, 30, (uint64_t)i) % (uint64_t)(a->T * a->K));
+            weights[at] = pass ? 7 : 0;
+            if (pass)
+                indices[at] = wrong[i % 4];
+            first = first < 0 || at < first ? at : first;
+        }
+        if (pass == 0)
+            CALL(p.step->reference(&p));
+    }
+    CHECK(rungs_right(cuda_strategies_rungs, &p));
+    char note[96] = "";
+    if (first >= 0)
+        snprintf(note, sizeof note, "indices[%d, %d] = %d is outside [0, num_experts = %d)", (int)(first / a->K),
+                 (int)(first % a->K), indices[first], (int)a->N);
+    for (const fmoe_rung *rung = cuda_strategies_rungs; rung->run; rung++) {
+        fmoe_status status = expert_by(rung, a, NULL);
+        if (status == FMOE_UNSUPPORTED)
+            continue;
+        if (status != (first < 0 ? FMOE_OK : FMOE_BAD_INDEX) || (first >= 0 && strcmp(fmoe_error_message(), note) != 0))
+            return because("%s: %s, \"%s\", should be \"%s\"", rung->name, fmoe_status_name(status),
+                           fmoe_error_message(), note);
+    }
+    return HOLDS;
+}
+
+CUDA_SENTENCE(7, 18,
+              "On the GPU every strategy takes repeated indices and negative weights, and leaves a bad index out by "
+              "name.",
+              "two pairs may meet in one place of a tile", "fmoe_expert without the bad pairs; the note") {
+    for_sizes("T d N K bad", strategies_take_any,
+              SIZES({1, 8, 1, 1, 0}, {5, 16, 4, 4, 0}, {29, 72, 17, 9, 1}, {130, 64, 300, 33, 7},
+                    {257, 136, 520, 40, 0}, {300, 16, 2, 2, 5}, {65, 264, 1000, 300, 60}));
+}
+
+CUDA_SENTENCE(7, 19, "On the GPU the chooser takes the strategy that its model calls cheapest, of those that fit.",
+              "the same call takes the same way every time", "the costs one by one; the strategy's own bits") {
+    static const char *const cases[] = {"T1-d1024-N16384-K64-normal-bf16", "T300-d256-N16384-K64-normal-bf16",
+                                        "T128-d128-N2048-K512-uniform-bf16", "T128-d128-N256-K256-uniform-f16",
+                                        "T50-d75-N300-K20-uniform-f32"};
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        fmoe_problem p PROBLEM = new_problem(&fmoe_step_expert, fresh_seed(), "%s", cases[i]);
+        const fmoe_expert_args *a = p.args;
+        cuda_strategy choice = cuda_strategy_choose(a);
+        for (int s = 0; s < CUDA_NUM_STRATEGIES; s++) {
+            double us = cuda_strategy_cost_us((cuda_strategy)s, a);
+            expect(us > 0, "%s: %s costs %g µs", cases[i], cuda_strategies_rungs[s].name, us);
+            expect(cuda_strategy_cost_us(choice, a) <= us, "%s: %s at %g µs would be cheaper", cases[i],
+                   cuda_strategies_rungs[s].name, us);
+        }
+        const fmoe_argument *y = fmoe_problem_find(&p, "y");
+        size_t bytes = (size_t)y->count * fmoe_dtype_size(y->dtype);
+        void *by_choice OWNED = malloc(bytes + 1);
+        cr_assert(by_choice != NULL);
+        expect(expert_by(&cuda_strategies_rungs[CUDA_NUM_STRATEGIES], a, NULL) == FMOE_OK, "%s", fmoe_error_message());
+        memcpy(by_choice, y->data, bytes);
+        expect(expert_by(&cuda_strategies_rungs[choice], a, NULL) == FMOE_OK, "%s", fmoe_error_message());
+        expect(memcmp(by_choice, y->data, bytes) == 0, "%s: the chooser's bits are not those of %s", cases[i],
+               cuda_strategies_rungs[choice].name);
+    }
+}

@@ -1,5 +1,6 @@
 // The expert step's entry point, and what all of its rungs check and lay out.
 #include "expert.h"
+#include "../strategies/strategies.h"
 #include "expert.cuh"
 
 static fmoe_status check_fits(const char *name, int64_t value) {
@@ -68,6 +69,7 @@ extern "C" bool cuda_expert_small(const void *args) {
     return a->T * a->K <= (1ll << 30) / a->d;
 }
 
+// By chapter 7's choice: token by token, or on tensor cores where a token chooses a good part of all experts.
 extern "C" fmoe_status fmoe_cuda_expert(int64_t T, int64_t d, int64_t N, int64_t K, fmoe_dtype dtype, const void *x,
                                         const void *down, const void *up, const int32_t *indices, const float *weights,
                                         void *y, float *pre_activations, void *workspace, size_t workspace_bytes,
@@ -76,6 +78,12 @@ extern "C" fmoe_status fmoe_cuda_expert(int64_t T, int64_t d, int64_t N, int64_t
     TRY(check_workspace(workspace, workspace_bytes, fmoe_cuda_expert_workspace(T, d, N, K, dtype)));
     if (T == 0) // no token's block writes the note
         return cuda_call("clearing the note", cudaMemsetAsync(workspace, 0, CUDA_NOTE_BYTES, (cudaStream_t)stream));
+    fmoe_expert_args args = {T, d, N, K, false, dtype, x, down, up, indices, weights, y};
+    cuda_strategy choice = cuda_strategy_choose(&args);
+    if (choice == CUDA_STRATEGY_DENSE)
+        return cuda_strategy_dense_run(&args, pre_activations, workspace, workspace_bytes, stream);
+    if (choice == CUDA_STRATEGY_ROWS)
+        return cuda_strategy_rows_run(&args, pre_activations, workspace, workspace_bytes, stream);
     expert_task task = {(int)T,  (int)d,  (int)N, (int)K,          dtype, x,    down, up,
                         indices, weights, y,      pre_activations, NULL,  NULL, NULL};
     expert_lay_out(&task, workspace);
@@ -85,5 +93,6 @@ extern "C" fmoe_status fmoe_cuda_expert(int64_t T, int64_t d, int64_t N, int64_t
 extern "C" size_t fmoe_cuda_expert_workspace(int64_t T, int64_t d, int64_t N, int64_t K, fmoe_dtype dtype) {
     if (T < 0 || d < 1 || N < 1 || K < 1 || check_dtype(dtype) != FMOE_OK) // fmoe_cuda_expert says which
         return 0;
-    return expert_bytes(T, K, expert_slices_kept(T, d, N, K, dtype));
+    fmoe_expert_args args = {T, d, N, K, false, dtype, NULL, NULL, NULL, NULL, NULL, NULL};
+    return cuda_strategy_chooser_bytes(&args);
 }
