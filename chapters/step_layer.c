@@ -79,12 +79,64 @@ static fmoe_status draw_inputs(fmoe_problem *p, const fmoe_layer_args *a) {
     return FMOE_OK;
 }
 
-/* Running buffers as after some training: near what the batch will show, not at it. */
-static void draw_running(uint64_t seed, int64_t d, float *mean, float *var) {
+/* Running buffers as after some training: near what the batch will show, not at it. Or such that x̂ = x. */
+static void draw_running(uint64_t seed, int64_t d, bool neutral, float *mean, float *var) {
     for (int64_t h = 0; h < d; h++) {
-        mean[h] = 0.9f * offset_of(seed, h) + 0.05f;
-        var[h] = 0.7f + 0.6f * fmoe_random_uniform(seed, STREAM_VAR, (uint64_t)h);
+        mean[h] = neutral ? 0 : 0.9f * offset_of(seed, h) + 0.05f;
+        var[h] =
+            neutral ? (float)(1 - FMOE_NORM_EPS) : 0.7f + 0.6f * fmoe_random_uniform(seed, STREAM_VAR, (uint64_t)h);
     }
+}
+
+/* Rows of length 1 at right angles to each other: normal ones, each less its parts along the rows before it. */
+static void make_orthonormal(uint64_t seed, int64_t rows, int64_t d, float *matrix) {
+    fmoe_fill_normal(seed, STREAM_ROUTER_GATE, 1, rows * d, matrix);
+    for (int64_t r = 0; r < rows; r++) {
+        float *row = matrix + r * d;
+        for (int64_t before = 0; before < r; before++) {
+            double along = fmoe_dot(d, row, matrix + before * d);
+            for (int64_t h = 0; h < d; h++)
+                row[h] -= (float)(along * matrix[before * d + h]);
+        }
+        double length = sqrt(fmoe_dot(d, row, row));
+        for (int64_t h = 0; h < d; h++)
+            row[h] = (float)(row[h] / length);
+    }
+}
+
+/* x_t = Σ_r logits[t, r] · gate[r]: through a gate with orthonormal rows the router finds these logits again, but for
+ * the rounding of x and gate to the storage type. */
+static void spread_logits(const fmoe_layer_args *a, const float *logits, const float *gate, float *x) {
+#pragma omp parallel for schedule(static)
+    for (int64_t t = 0; t < a->T; t++)
+        for (int64_t first = 0; first < a->d; first += FMOE_BLOCK) {
+            double sum[FMOE_BLOCK] = {0};
+            int64_t width = fmoe_block_width(first, a->d);
+            for (int64_t r = 0; r < 2 * a->n; r++)
+                fmoe_add_row(width, logits[(r / a->n * a->T + t) * a->n + r % a->n], gate + r * a->d + first, sum);
+            fmoe_store_row(width, sum, FMOE_OVERWRITE, x + t * a->d + first);
+        }
+}
+
+/* "trained": x and the gate such that the layer routes as the trained model did, with a norm that changes nothing. */
+static fmoe_status draw_trained(fmoe_problem *p, const fmoe_layer_args *a) {
+    int64_t gate_count = 2 * a->n * a->d, x_count = a->T * a->d, logits_count = 2 * a->T * a->n;
+    if (2 * a->n > a->d)
+        return fmoe_fail(FMOE_BAD_SIZE, "case '%s': 2n = %lld rows at right angles do not fit into d = %lld", p->c.name,
+                         (long long)(2 * a->n), (long long)a->d);
+    float *gate = fmoe_allocate(gate_count + x_count + logits_count, sizeof *gate);
+    if (!gate)
+        return fmoe_no_memory(gate_count + x_count + logits_count, sizeof *gate);
+    float *x = gate + gate_count, *logits = x + x_count;
+    fmoe_status status = fmoe_case_logits(&p->c, p->seed, logits);
+    if (status == FMOE_OK) {
+        make_orthonormal(p->seed, 2 * a->n, a->d, gate);
+        spread_logits(a, logits, gate, x);
+        fmoe_from_f32(a->dtype, gate_count, gate, fmoe_problem_find(p, "router_gate")->data);
+        fmoe_from_f32(a->dtype, x_count, x, fmoe_problem_find(p, "x")->data);
+    }
+    free(gate);
+    return status;
 }
 
 static fmoe_status draw(fmoe_problem *p) {
@@ -95,8 +147,9 @@ static fmoe_status draw(fmoe_problem *p) {
     TRY(fmoe_check_size("d", c->d));
     TRY(fmoe_check_size("I", c->I));
     TRY(fmoe_check_experts(c->N));
-    if (c->routing != ROUTING_NORMAL && c->routing != ROUTING_NONE)
-        return fmoe_fail(FMOE_UNSUPPORTED, "case '%s': the layer routes by itself; only normal routing can be named",
+    if (c->routing == ROUTING_UNIFORM || c->routing == ROUTING_HOT)
+        return fmoe_fail(FMOE_UNSUPPORTED,
+                         "case '%s': the layer routes by itself; only normal and trained routing can be named",
                          c->name);
     int64_t n = fmoe_num_keys(c->N);
     *a = (fmoe_layer_args){.T = c->T,
@@ -110,6 +163,8 @@ static fmoe_status draw(fmoe_problem *p) {
                            .dtype = c->dtype};
     TRY(fmoe_check_topk(a->K, "n²", n * n));
     TRY(draw_inputs(p, a));
+    if (c->routing == ROUTING_TRAINED)
+        TRY(draw_trained(p, a));
 
     fmoe_argument *mean = fmoe_problem_add(p, "running_mean", offsetof(fmoe_layer_args, running_mean), FMOE_F32,
                                            ROLE_INOUT, 1, (int64_t[]){a->d});
@@ -117,8 +172,8 @@ static fmoe_status draw(fmoe_problem *p) {
                                           ROLE_INOUT, 1, (int64_t[]){a->d});
     if (!mean || !var)
         return FMOE_OUT_OF_MEMORY;
-    draw_running(p->seed, a->d, mean->pristine, var->pristine);
-    draw_running(p->seed, a->d, mean->data, var->data);
+    draw_running(p->seed, a->d, c->routing == ROUTING_TRAINED, mean->pristine, var->pristine);
+    draw_running(p->seed, a->d, c->routing == ROUTING_TRAINED, mean->data, var->data);
 
     int64_t sides[] = {2, a->T, n};
     if (!add_matrix(p, "y", offsetof(fmoe_layer_args, y), a->dtype, ROLE_OUTPUT, a->T, a->d) ||

@@ -1,6 +1,9 @@
 /* Chapter 8: the hybrid layer. */
+#include "../../cuda/rungs.h"
 #include "../golden.h"
 #include "../steps.h"
+#include "golden_rungs.h"
+#include "gpu_steps.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -9,6 +12,16 @@ static const char *const cases[] = {"T1-d256-I1024-N4096-K16-normal-f32", "T64-d
                                     "T1024-d256-I1024-N4096-K16-normal-f32", NULL};
 static const char *const quick_cases[] = {"T1-d256-I1024-N4096-K16-normal-f32", "T64-d256-I1024-N4096-K16-normal-f32",
                                           "T256-d256-I1024-N4096-K16-normal-f32", NULL};
+
+static const char *const cuda_cases[] = {
+    "T1-d1024-I4096-N16384-K64-normal-bf16",     "T64-d1024-I4096-N16384-K64-normal-bf16",
+    "T1024-d1024-I4096-N16384-K64-normal-bf16",  "T4096-d1024-I4096-N16384-K64-normal-bf16",
+    "T4096-d1024-I4096-N16384-K64-trained-bf16", "T4096-d1024-I4096-N16384-K64-normal-bf16-train",
+    "T16384-d1024-I4096-N16384-K64-normal-bf16", NULL};
+
+/* From the command line, before the chapter reads it. */
+static const char *asked; /* --case */
+static bool on_gpu;       /* --backend cuda */
 
 /* ---- --golden FILE ----------------------------------------------------------------------------------------------- */
 
@@ -31,15 +44,21 @@ static int run_golden(const char *path) {
     return passed ? 0 : 1;
 }
 
-/* Golden files are for the reference: no ladder is climbed, no CSV written. */
+/* Golden files are for the reference, or with --backend cuda for the GPU's rungs: no ladder is climbed, no CSV written.
+ */
 static bool option(int argc, char **argv, int *i) {
+    if (strcmp(argv[*i], "--backend") == 0 && *i + 1 < argc) {
+        ++*i;
+        return true;
+    }
     if (strcmp(argv[*i], "--golden") != 0)
         return false;
     if (*i + 1 == argc) {
         fprintf(stderr, "--golden needs a value\n");
         exit(2);
     }
-    exit(run_golden(argv[++*i]));
+    ++*i;
+    exit(on_gpu ? golden_rungs(argv[*i]) : run_golden(argv[*i]));
 }
 
 /* ---- Where the time goes ----------------------------------------------------------------------------------------- */
@@ -202,8 +221,6 @@ static int break_down_case(const char *name) {
     return status != FMOE_OK;
 }
 
-static const char *asked; /* --case, if there was one */
-
 static int after(void) {
     const char *const *all = fmoe_opt.quick ? quick_cases : cases;
     const char *const one[] = {asked, NULL};
@@ -212,11 +229,18 @@ static int after(void) {
         return 0;
     for (all = asked ? one : all; *all && status == 0; all++)
         status = break_down_case(*all);
+    for (all = asked ? one : cuda_cases; *all && status == 0; all++)
+        status = gpu_steps(*all);
     return status;
 }
 
 static const fmoe_ladder ladders[] = {
-    {.step = &fmoe_step_layer, .rungs = chapter8_rungs, .cases = cases, .quick_cases = quick_cases},
+    {.step = &fmoe_step_layer,
+     .rungs = chapter8_rungs,
+     .cases = cases,
+     .quick_cases = quick_cases,
+     .cuda = cuda_layer_rungs,
+     .cuda_cases = cuda_cases},
     {0},
 };
 static const fmoe_chapter chapter = {
@@ -224,9 +248,9 @@ static const fmoe_chapter chapter = {
     .title = "the hybrid layer: overlap, graphs, decode",
     .ladders = ladders,
     .option = option,
-    .option_help =
-        "  --golden FILE    check the reference, forward and backward, against a golden file, and nothing\n"
-        "                   else: a line a tensor; status 1 if one is over its limit, 2 if the file is bad\n",
+    .option_help = "  --golden FILE    check the reference, forward and backward, against a golden file, and nothing\n"
+                   "                   else: a line a tensor; status 1 if one is over its limit, 2 if the file is bad\n"
+                   "  --backend cuda   with --golden: the GPU's rungs, forward, in place of the reference\n",
     .after = after,
     .gnuplot = "breakdown.gp",
 };
@@ -235,5 +259,7 @@ int main(int argc, char **argv) {
     for (int i = 1; i + 1 < argc; i++)
         if (strcmp(argv[i], "--case") == 0)
             asked = argv[i + 1];
+        else if (strcmp(argv[i], "--backend") == 0)
+            on_gpu = strcmp(argv[i + 1], "cuda") == 0;
     return fmoe_chapter_main(&chapter, argc, argv);
 }
