@@ -301,7 +301,8 @@ static char *copy_outputs(const fmoe_problem *p, size_t *size) {
 static bool order_is_chance(const fmoe_rung *rung, const fmoe_problem *p) {
     if (rung->backend != BACKEND_CUDA)
         return false;
-    return rung->library || (strcmp(rung->name, "atomics") == 0 && p->step == &fmoe_step_topk_backward);
+    return rung->library || (strcmp(rung->name, "atomics") == 0 &&
+                             (p->step == &fmoe_step_topk_backward || p->step == &fmoe_step_expert_backward));
 }
 
 static const char *same_bits(const fmoe_rung *rung, fmoe_problem *p) {

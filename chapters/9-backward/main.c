@@ -1,6 +1,8 @@
 /* Chapter 9: the backward pass. Before the ladders it checks the gradients by finite differences, after them it counts
- * what atomic additions do to the bits. */
+ * what atomic additions do to the bits, on the CPU and on the GPU. */
+#include "../../cuda/layer_backward/layer_backward.h"
 #include "../../cuda/rungs.h"
+#include "../device.h"
 #include "../steps.h"
 
 #include <math.h>
@@ -155,6 +157,77 @@ static int count_bits(void) {
     return 0;
 }
 
+#ifdef FMOE_WITH_CUDA
+
+// [gpu-bits]
+/* A GPU rung again and again on one problem: repeated runs whose dup differs from the first one's, and in how many
+ * elements on average. */
+static fmoe_status compare_runs(const fmoe_rung *rung, fmoe_problem *p, int *different, double *elements) {
+    fmoe_device_problem device;
+    fmoe_argument *dup = fmoe_problem_find(p, "dup");
+    float *first = malloc((size_t)dup->count * sizeof *first), *now = dup->data;
+    size_t bytes = rung->workspace(p->args);
+    char why[200];
+    fmoe_status status = first ? fmoe_device_problem_new(p, bytes, &device) : FMOE_OUT_OF_MEMORY;
+    *different = 0, *elements = 0;
+    for (int run = 0; run < RUNS && status == FMOE_OK; run++) {
+        int64_t off = 0;
+        status = rung->run(device.args, device.workspace, bytes, device.stream);
+        if (status == FMOE_OK)
+            status = fmoe_device_problem_fetch(&device, p, why);
+        if (run == 0)
+            memcpy(first, now, (size_t)dup->count * sizeof *first);
+        for (int64_t i = 0; i < dup->count; i++)
+            off += memcmp(&first[i], &now[i], sizeof *now) != 0;
+        *different += off > 0;
+        *elements += (double)off / (RUNS - 1);
+    }
+    if (first)
+        fmoe_device_problem_free(&device);
+    free(first);
+    return status;
+}
+// [/gpu-bits]
+
+static int count_gpu_bits(void) {
+    fmoe_problem p;
+    fmoe_case c;
+    if (!fmoe_device_get()->present)
+        return 0;
+    if (fmoe_case_parse("T1024-d256-N1024-K32-hot-f32", &c) != FMOE_OK ||
+        fmoe_problem_new(&fmoe_step_expert_backward, &c, fmoe_opt.seed, &p) != FMOE_OK) {
+        fprintf(stderr, "%s\n", fmoe_error_message());
+        return 1;
+    }
+    printf("\nThe same on the GPU, dup at %s:\n", c.name);
+    int failed = 0;
+    for (const fmoe_rung *rung = cuda_expert_backward_rungs; rung->run && !failed; rung++) {
+        int different;
+        double elements;
+        failed = compare_runs(rung, &p, &different, &elements) != FMOE_OK;
+        if (failed)
+            fprintf(stderr, "%s: %s\n", rung->name, fmoe_error_message());
+        else
+            printf("  %-12s %2d of %d repeated runs differ, in %.0f of %lld elements on average\n", rung->name,
+                   different, RUNS - 1, elements, (long long)fmoe_problem_find(&p, "dup")->count);
+    }
+    fmoe_problem_free(&p);
+    return failed;
+}
+
+#else
+
+static int count_gpu_bits(void) {
+    return 0;
+}
+
+#endif
+
+static int after(void) {
+    int failed = count_bits();
+    return failed ? failed : count_gpu_bits();
+}
+
 /* ---- The chapter ------------------------------------------------------------------------------------------------- */
 
 static const char *const topk_cases[] = {"T4096-n128-K64-normal-f32", NULL};
@@ -169,19 +242,28 @@ static const char *const quick_expert[] = {"T512-d256-N4096-K32-uniform-f32", "T
 static const char *const quick_mlp[] = {"T128-d256-I512-f32", NULL};
 static const char *const quick_layer[] = {"T128-d128-I512-N1024-K16-normal-f32-train", NULL};
 
+static const char *const expert_cuda_cases[] = {"T4096-d1024-N16384-K64-uniform-bf16",
+                                                "T4096-d1024-N16384-K64-normal-bf16",
+                                                "T4096-d1024-N16384-K64-trained-bf16",
+                                                "T4096-d1024-N16384-K64-hot-bf16",
+                                                "T1024-d1024-N65536-K32-uniform-bf16",
+                                                "T1024-d1024-N102400-K512-uniform-bf16",
+                                                NULL};
+static const char *const layer_cuda_cases[] = {"T4096-d1024-I4096-N16384-K64-normal-bf16-train", NULL};
+static const char *const mlp_cuda_cases[] = {"T4096-d1024-I4096-bf16", "T1024-d1024-I4096-bf16", NULL};
+
 static const fmoe_ladder ladders[] = {
     {&fmoe_step_topk_backward, chapter9_topk_rungs, topk_cases, quick_topk, cuda_topk_backward_rungs, NULL},
-    {&fmoe_step_expert_backward, chapter9_expert_rungs, expert_cases, quick_expert, NULL, NULL},
-    {&fmoe_step_mlp_backward, chapter9_mlp_rungs, mlp_cases, quick_mlp, NULL, NULL},
-    {&fmoe_step_layer_backward, chapter9_layer_rungs, layer_cases, quick_layer, NULL, NULL},
+    {&fmoe_step_expert_backward, chapter9_expert_rungs, expert_cases, quick_expert, cuda_expert_backward_rungs,
+     expert_cuda_cases},
+    {&fmoe_step_mlp_backward, chapter9_mlp_rungs, mlp_cases, quick_mlp, cuda_mlp_backward_rungs, mlp_cuda_cases},
+    {&fmoe_step_layer_backward, chapter9_layer_rungs, layer_cases, quick_layer, cuda_layer_backward_rungs,
+     layer_cuda_cases},
     {.step = NULL},
 };
 
 int main(int argc, char **argv) {
-    fmoe_chapter chapter = {.number = 9,
-                            .title = "the backward pass",
-                            .ladders = ladders,
-                            .before = finite_differences,
-                            .after = count_bits};
+    fmoe_chapter chapter = {
+        .number = 9, .title = "the backward pass", .ladders = ladders, .before = finite_differences, .after = after};
     return fmoe_chapter_main(&chapter, argc, argv);
 }

@@ -5,7 +5,10 @@
  * --plant TOOL runs a mistake instead, which that tool has to report. */
 #include "../../chapters/device.h"
 #include "../../chapters/program.h"
+#include "../../cuda/expert_backward/expert_backward.h"
 #include "../../cuda/fmoe_cuda.h"
+#include "../../cuda/layer/layer.h"
+#include "../../cuda/mlp_backward/mlp_backward.h"
 #include "../../cuda/rungs.h"
 #include "faults.h"
 
@@ -70,9 +73,26 @@ static const struct {
     {&fmoe_step_expert,
      cuda_expert_scheduled_rungs,
      {"T5-d19-N50-K6-uniform-f32", "T37-d72-N49-K9-normal-bf16", "T3-d1032-N20-K5-hot-f16", "T90-d16-N4-K1-hot-f32"}},
+    {&fmoe_step_expert,
+     cuda_strategies_rungs,
+     {"T5-d19-N50-K6-uniform-f32", "T37-d72-N49-K9-normal-bf16", "T130-d136-N300-K20-uniform-f16",
+      "T70-d64-N1024-K64-normal-bf16"}},
+    {&fmoe_step_mlp,
+     cuda_mlp_rungs,
+     {"T5-d19-I33-f32", "T130-d72-I104-bf16", "T1-d264-I520-bf16", "T9-d136-I264-f16", "T50-d256-I520-bf16"}},
     {&fmoe_step_topk_backward,
      cuda_topk_backward_rungs,
      {"T5-n7-K6-normal-f32", "T3-n128-K64-normal-bf16-norm", "T2-n70-K300-normal-f32"}},
+    {&fmoe_step_expert_backward,
+     cuda_expert_backward_rungs,
+     {"T5-d19-N50-K6-uniform-f32", "T37-d72-N49-K9-normal-bf16", "T3-d1032-N20-K5-hot-f16", "T700-d24-N4-K1-hot-f32"}},
+    {&fmoe_step_mlp_backward,
+     cuda_mlp_backward_rungs,
+     {"T5-d19-I33-f32", "T130-d72-I104-bf16", "T9-d136-I264-f16", "T33-d264-I520-bf16"}},
+    {&fmoe_step_layer,
+     cuda_layer_rungs,
+     {"T5-d19-I33-N50-K6-normal-f32-train", "T37-d72-I104-N170-K9-normal-bf16", "T3-d136-I40-N1024-K33-normal-f16-norm",
+      "T70-d264-I136-N300-K8-normal-bf16-train"}},
 };
 
 static fmoe_status run_rung(const fmoe_rung *rung, fmoe_problem *p, double *error, char *why) {
@@ -206,6 +226,56 @@ static void run_experts(void) {
     free_all();
 }
 
+/* Back, of what was kept or is made again, of indices one of which is bad; without the gradients that may be left out.
+ */
+static void run_backward(fmoe_write write) {
+    enum { N = 13, I = 29, PAIRS = T * K };
+    int32_t indices[PAIRS];
+    for (int i = 0; i < PAIRS; i++)
+        indices[i] = i == 5 ? N : i * 7 % N;
+    int32_t *chosen = upload(indices, sizeof indices);
+    float *x = drawn(T * D), *down = drawn(N * D), *up = drawn(N * D), *weights = drawn(PAIRS), *dy = drawn(T * D);
+    float *ddown = drawn(N * D), *dup = drawn(N * D), *dweights = room(PAIRS);
+    size_t bytes = fmoe_cuda_expert_backward_workspace(T, D, N, K, FMOE_F32, false);
+    void *workspace = allocate(bytes);
+    must("expert_backward", "a bad index",
+         fmoe_cuda_expert_backward(T, D, N, K, FMOE_F32, x, down, up, chosen, weights, NULL, NULL, NULL, dy, write,
+                                   FMOE_F32, room(T * D), ddown, dup, dweights, workspace, bytes, NULL));
+    must("expert_backward", "its note", fmoe_cuda_check(workspace, NULL) == FMOE_BAD_INDEX ? FMOE_OK : FMOE_CUDA);
+    must("expert_backward", "one gradient",
+         fmoe_cuda_expert_backward(T, D, N, K, FMOE_F32, x, down, up, chosen, weights, NULL, NULL, NULL, dy, write,
+                                   FMOE_F32, NULL, ddown, NULL, NULL, workspace, bytes, NULL));
+    float *gate = drawn(I * D), *dgate = drawn(I * D), *up_proj = drawn(I * D), *down_proj = drawn(D * I);
+    bytes = fmoe_cuda_mlp_backward_workspace(T, D, I, FMOE_F32, false);
+    must("mlp_backward", "two gradients",
+         fmoe_cuda_mlp_backward(T, D, I, FMOE_F32, x, gate, up_proj, down_proj, NULL, NULL, NULL, dy, write, FMOE_F32,
+                                room(T * D), dgate, NULL, NULL, allocate(bytes), bytes, NULL));
+    free_all();
+}
+
+/* On one stream and on two, y alone. */
+static void run_layer(void) {
+    enum { N = 50, I = 29, SIDE = 7 };
+    const fmoe_config config = {D, I, N, K, true};
+    float ones[D];
+    for (int i = 0; i < D; i++)
+        ones[i] = 1;
+    const fmoe_cuda_weights weights = {drawn(2 * SIDE * D), drawn(N * D), drawn(N * D), drawn(I * D),
+                                       drawn(I * D),        drawn(D * I), drawn(D),     upload(ones, sizeof ones)};
+    float *x = drawn(T * D);
+    fmoe_cuda_side *side = NULL;
+    must("side_create", "", fmoe_cuda_side_create(&side));
+    for (int both = 0; both < 2; both++) {
+        const fmoe_cuda_outputs outputs = {.y = room(T * D)};
+        size_t bytes = fmoe_cuda_layer_workspace(&config, both, T, FMOE_F32);
+        must("layer_forward", both ? "two streams" : "one stream",
+             fmoe_cuda_layer_forward(&config, &weights, both, T, FMOE_F32, x, &outputs, both ? side : NULL,
+                                     allocate(bytes), bytes, NULL));
+    }
+    free_all();
+    fmoe_cuda_side_destroy(side);
+}
+
 int main(int argc, char **argv) {
     const fmoe_device *gpu = fmoe_device_get();
     if (argc == 2 && strcmp(argv[1], "--device") == 0) { /* is there one? */
@@ -219,6 +289,9 @@ int main(int argc, char **argv) {
             run_ladder(ladders[i].step, ladders[i].rungs, ladders[i].cases[c]);
     run_softmax();
     run_experts();
+    run_backward(FMOE_OVERWRITE);
+    run_backward(FMOE_ACCUMULATE);
+    run_layer();
     for (int flag = 0; flag < 2; flag++) {
         run_router(flag);
         run_topk(flag);

@@ -1,0 +1,36 @@
+/* The ladder of mlp_backward on the GPU (chapter 9). */
+#include "../rungs.h"
+#include "mlp_backward.h"
+
+const fmoe_rung cuda_mlp_backward_rungs[] = {
+    {.name = "naive",
+     .level = LEVEL_CORE,
+     .backend = BACKEND_CUDA,
+     .idea = "A thread an element of each product; of either operand some threads read neighbours and some do not.",
+     .run = CUDA_RUN(cuda_mlp_backward_naive),
+     .workspace = CUDA_PART(cuda_mlp_backward_f32_bytes),
+     .supports = CUDA_PART(cuda_mlp_backward_is_small)},
+    {.name = "tiles",
+     .level = LEVEL_CORE,
+     .backend = BACKEND_CUDA,
+     .idea = "Tiles in shared memory: an operand is turned as it is stored there, and dh goes on in registers.",
+     .run = CUDA_RUN(cuda_mlp_backward_tiles),
+     .workspace = CUDA_PART(cuda_mlp_backward_f32_bytes)},
+    {.name = "cublas",
+     .level = LEVEL_CORE,
+     .backend = BACKEND_CUDA,
+     .idea = "The library's six products; dh is stored, and a kernel of ours makes dp and dq of it.",
+     .run = CUDA_RUN(cuda_mlp_backward_cublas),
+     .workspace = CUDA_PART(cuda_mlp_backward_wgmma_bytes),
+     .supports = CUDA_PART(cuda_mlp_backward_library_takes),
+     .library = true,
+     .available = CUDA_PART(cuda_mlp_backward_library_available)},
+    {.name = "wgmma",
+     .level = LEVEL_HOPPER,
+     .backend = BACKEND_CUDA,
+     .idea = "Warpgroup products take either side either way round; dx is one product over both weights.",
+     .run = CUDA_RUN(cuda_mlp_backward_wgmma),
+     .workspace = CUDA_PART(cuda_mlp_backward_wgmma_bytes),
+     .supports = CUDA_PART(cuda_mlp_backward_16_bit)},
+    {.run = NULL},
+};
