@@ -165,8 +165,8 @@ typedef struct {
     fmoe_workspace_fn *workspace;       /* NULL: needs none */
     bool (*supports)(const void *args); /* NULL: supports every case */
     bool library;                       /* a vendor library's rung, the baseline of one column */
-    bool (*available)(void);            /* NULL: always; else e.g. whether the library could be loaded */
     bool replay;                        /* on CUDA: timed as one replay of a graph that holds the call */
+    bool (*available)(void);            /* NULL: always; else e.g. whether the library could be loaded */
 } fmoe_rung;
 
 /* Runs a rung once on poisoned outputs with a workspace of exactly the size it asks for, between guard bands, and

@@ -62,9 +62,10 @@ static int64_t tokens_apart(const fmoe_mlp_args *args) {
 static fmoe_status every(int64_t apart, const fmoe_mlp_args *args, const float *x, const float *gate, const float *up,
                          const float *down, float *expected) {
     int64_t d = args->d, count = (args->T + apart - 1) / apart;
-    float *rows = malloc((size_t)(2 * count * d) * sizeof *rows + 1), *y = rows + count * d;
+    float *rows = malloc((size_t)(2 * count * d) * sizeof *rows + 1);
     if (!rows)
         return FMOE_OUT_OF_MEMORY;
+    float *y = rows + count * d;
     for (int64_t i = 0; i < count; i++)
         memcpy(rows + i * d, x + i * apart * d, (size_t)d * sizeof *rows);
     fmoe_status status = fmoe_mlp(count, d, args->I, rows, gate, up, down, y);

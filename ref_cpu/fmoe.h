@@ -26,6 +26,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "fmoe_version.h"
+
 #ifdef __cplusplus
 extern "C" {
 #endif
