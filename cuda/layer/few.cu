@@ -94,10 +94,10 @@ __device__ inline void dot_gate(const few_task &a, int t, int first_row, int row
 }
 // [/few-logits]
 
-// Every block gets all logits, where its top-k expects them.
-template <typename E, int AT_ONCE>
-__device__ inline void find_logits(const few_task &a, cooperative_groups::cluster_group cluster, int t, int block,
-                                   int warp, int lane, cluster_shared<E> &s) {
+// Every block gets all logits, where its top-k expects them. (The cluster's type has no name before sm_90.)
+template <typename E, int AT_ONCE, typename Cluster>
+__device__ inline void find_logits(const few_task &a, const Cluster &cluster, int t, int block, int warp, int lane,
+                                   cluster_shared<E> &s) {
     int n = a.choice.n, first_row = warp * BLOCKS + block;
     float logit[ROWS] = {};
     for (int i = threadIdx.x; i < 2 * shape::keys; i += THREADS)
