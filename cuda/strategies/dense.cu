@@ -122,12 +122,12 @@ __device__ inline void mask_consume(S *s, const dense_task &task, const product_
         float sums[MASK_COLUMNS / 2];
         auto beside = [&](int step) {
             if (step == 0) {
-                barrier_sync(barrier, PRODUCT_GROUP); // the tile before is done with
+                meet(barrier); // the tile before is done with
                 if (thread < WARP) {
                     number_pairs(rows, place.rows);
                     rows->row = place.row, rows->column = place.column;
                 }
-                barrier_sync(barrier, PRODUCT_GROUP);
+                meet(barrier);
             } else if (step < 3) {
 #pragma unroll
                 for (int i = 0; i < HELD; i++)

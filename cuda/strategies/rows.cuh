@@ -246,12 +246,12 @@ __device__ inline void rows_consume(const rows_task &task, S *s, int group) {
         float sums[COLUMNS / 2];
         auto beside = [&](int step) {
             if (step == 0) {
-                barrier_sync(barrier, PRODUCT_GROUP); // the tile before is done with
+                meet(barrier); // the tile before is done with
                 if (thread < WARP) {
                     number_pairs(rows, found);
                     rows->column = next.column;
                 }
-                barrier_sync(barrier, PRODUCT_GROUP);
+                meet(barrier);
             } else if (step < 3) {
 #pragma unroll
                 for (int i = 0; i < HELD; i++)

@@ -86,6 +86,12 @@ typedef struct {
     int at; // its sum's place among 64 × 64
 } held_pair;
 
+// The threads of a warpgroup meet. A warp must come as one to such a barrier: in parts, it would be counted for each.
+__device__ inline void meet(int barrier) {
+    __syncwarp();
+    barrier_sync(barrier, PRODUCT_GROUP);
+}
+
 // What is loaded here and in pair_of is not looked at before the products are under way again: nothing waits for it.
 __device__ inline pick_row look_up(const token_lists &lists, int token, int group) {
     const uint16_t *begins = lists.begins + (int64_t)max(token, 0) * (lists.groups + 1) + group;
@@ -120,8 +126,8 @@ __device__ inline held_pair pair_of(const token_lists &lists, const pick_rows *r
 #pragma unroll
     for (int step = PICK_ROWS / 2; step; step /= 2)
         row += rows->upto[row + step - 1] <= number ? step : 0;
-    bool there = number < rows->upto[PICK_ROWS - 1];
-    int64_t at = there ? (int64_t)rows->token[row] * K + rows->from[row] + number : 0;
+    bool there = number < rows->upto[PICK_ROWS - 1] && rows->token[row] >= 0;
+    int64_t at = there ? (int64_t)rows->token[row] * K + max(0, min(K - 1, rows->from[row] + number)) : 0;
     return {lists.pairs[at], pick_at(row, 0)};
 }
 
@@ -144,10 +150,9 @@ __device__ inline float silu_at_once(float s) {
 }
 
 // [pick]
-// 64 columns at a time go through shared memory, and whoever has a pair there takes its sum along. take(row, pair, s,
-// a) comes for each pair of this thread, a = silu(s) · weight. first_column: the tile's,
-// within the group, a multiple of 64. Nobody looks
-// at any other sum: what an unchosen expert holds, even NaN, stays behind.
+// 64 columns at a time go through shared memory, and whoever has a pair there takes its sum along. take(row, pair,
+// s, a) comes for each pair of this thread, a = silu(s) times its weight. first_column: the tile's, within the group, a
+// multiple of 64. Nobody looks at any other sum: what an unchosen expert holds, even NaN, stays behind.
 template <int SUMS, typename Take>
 __device__ inline void pick_pairs(const float (&sums)[SUMS], float *staging, int thread, int barrier,
                                   const token_lists &lists, const pick_rows *rows, int K, const held_pair (&held)[HELD],
@@ -160,9 +165,9 @@ __device__ inline void pick_pairs(const float (&sums)[SUMS], float *staging, int
 #pragma unroll
     for (int part = 0; part < SUMS / 32; part++) {
         int first = first_column + part * PICK_COLUMNS;
-        barrier_sync(barrier, PRODUCT_GROUP); // the columns before are done with
+        meet(barrier); // the columns before are done with
         put_sums(at, sums + part * 32);
-        barrier_sync(barrier, PRODUCT_GROUP);
+        meet(barrier);
 #pragma unroll
         for (int i = 0; i < HELD; i++) {
             if ((chosen_column(held[i].pair) & -PICK_COLUMNS) == first)
