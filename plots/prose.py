@@ -241,17 +241,21 @@ def comparison():
     put("\n".join(text) + f"\n\n{where} ({link(path.relative_to(ROOT))}).")
 
 
+VENDOR = ("cublas", "cusparse", "radix-cub")  # rungs that are the vendor's, not ours
+
+
 def headline():
     """On the GPU: the best rung of each operator at the cases that others were measured at, beside the best of these."""
     lines = ["| operator | case | ours (ms) | rung | best other (ms) | who | ratio |", "| --- | --- | --: | --- | --: | --- | --: |"]
-    where, seen = "", set()
-    for chapter in (3, 5, 1, 2):
+    dates, device, seen = set(), "", set()
+    for chapter in (3, 7, 5, 6, 8, 9):
         path, rows = recorded_gpu(chapter)
         if not rows:
             continue
         peers = read_rows(ROOT / path.parent / "peers.csv")
-        rows = [row for row in rows if row["backend"] == "cuda" and number(row["median_ms"])]
-        where = f"{rows[0]['device']}, {rows[0]['date']}; the others 2026-11-23 on the same kind of GPU, as recorded"
+        rows = [row for row in rows if row["backend"] == "cuda" and number(row["median_ms"]) and row["variant"] not in VENDOR]
+        device = rows[0]["device"]
+        dates |= {row["date"] for row in rows}
         for key in dict.fromkeys((row["op"], row["case"]) for row in rows):
             here = [row for row in rows if (row["op"], row["case"]) == key]
             others = [row for row in peers if (row["op"], row["case"]) == key]
@@ -268,7 +272,8 @@ def headline():
     if not seen:
         put("*No GPU figures are recorded yet.*")
         return
-    put("\n".join(lines) + f"\n\n{where}.")
+    when = " and ".join(sorted(dates))
+    put("\n".join(lines) + f"\n\n{device}, {when}; the others 2026-11-23 on the same kind of GPU, as recorded.")
 
 
 # ---- Make targets ---------------------------------------------------------------------------------------------------
