@@ -1,6 +1,6 @@
 /* The suite's program: runs the sentences in reading order and prints them as a text.
  *
- * CHAPTER=3, ONLY=3.1 or CUDA=1 limit the run, SEED and SIZES repeat one; all come as environment variables (make
+ * CHAPTER=3, ONLY=3.1 (or 3.1,3.4) or CUDA=1 limit the run, SEED and SIZES repeat one; all come as environment variables (make
  * passes them on), because each sentence runs in a process of its own. */
 #include "report.h"
 
@@ -286,11 +286,19 @@ static void choose_seed(void) {
     printf("seed %s (make test SEED=%s repeats this run)\n\n", getenv("SEED"), getenv("SEED"));
 }
 
+static bool in_list(const char *list, const char *number) {
+    size_t length = strlen(number);
+    for (; *list; list += strcspn(list, ","), list += *list == ',')
+        if (strcspn(list, ",") == length && strncmp(list, number, length) == 0)
+            return true;
+    return false;
+}
+
 static bool wanted(const struct sentence *s, const char *chapter, const char *only, bool gpu_only) {
     char number[32];
     snprintf(number, sizeof number, "%d.%d", s->chapter, s->number);
     if (only && *only)
-        return strcmp(only, number) == 0;
+        return in_list(only, number);
     if (gpu_only && s->what == NEEDS_NOTHING)
         return false;
     snprintf(number, sizeof number, "%d", s->chapter);

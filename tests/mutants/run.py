@@ -12,6 +12,9 @@ nothing. The bugs are in chapterN.txt beside this file, separated by blank lines
 `old` must occur exactly once in the file. Repeated `old` or `new` lines are joined by a newline; one space after the
 colon is dropped, the rest is kept. A line that starts with # is a comment.
 
+The bugs in chapterN-NAME.txt are tried on the chapter's sentences in tests/NAME.c alone, which no other bug is tried on:
+for sentences that are slow.
+
 A bug in a file under cuda/, or one with `needs: device`, is planted where there is a GPU; the sentences run on it are
 the ones about the GPU. The other bugs are planted in a build without CUDA.
 """
@@ -40,8 +43,9 @@ WITHOUT_CUDA = ["NVCC="]
 
 
 class Mutant:
-    def __init__(self, chapter, where, fields):
+    def __init__(self, chapter, part, where, fields):
         self.chapter = chapter
+        self.part = part
         self.where = where
         self.name = " ".join(fields.get("mutant", []))
         self.file = "".join(fields.get("file", []))
@@ -63,14 +67,15 @@ class Mutant:
 
 
 def read_mutants(path):
-    chapter = int(re.search(r"\d+", path.stem).group())
+    chapter, _, part = path.stem.removeprefix("chapter").partition("-")
+    chapter = int(chapter)
     mutants, fields, first = [], {}, 0
     for number, line in enumerate([*path.read_text().splitlines(), ""], 1):
         if line.startswith("#"):
             continue
         if not line.strip():
             if fields:
-                mutants.append(Mutant(chapter, f"{path.name}:{first}", fields))
+                mutants.append(Mutant(chapter, part, f"{path.name}:{first}", fields))
             fields = {}
             continue
         match = re.match(r"(mutant|file|needs|old|new): ?(.*)$", line)
@@ -107,12 +112,18 @@ def no_device():
     return None if names.returncode == 0 and names.stdout.strip() else "no device"
 
 
-def run(tree, chapter, gpu, sentence_limit, limit):
+def sentences_of(part, chapter):
+    text = (ROOT / "tests" / f"{part}.c").read_text()
+    return {f"{chapter}.{n}" for n in re.findall(rf"SENTENCE\({chapter}, (\d+),", text)}
+
+
+def run(tree, chapter, gpu, sentence_limit, limit, only=()):
     """The sentences' results, {"3.1": "ok"}: ok, FAILED, skipped or hangs; None if the whole run hangs."""
     environment = {k: v for k, v in os.environ.items() if k not in ("ONLY", "SIZES", "CUDA")}
     environment |= {"CUDA": "1"} if gpu else {}
     environment |= {
         "CHAPTER": str(chapter),
+        "ONLY": ",".join(only),
         "SEED": "1",
         "LITERATE_TIMEOUT": str(sentence_limit),
         "LITERATE_SHRINK": "0",
@@ -170,6 +181,7 @@ class Tester:
             shutil.copytree(first, SCRATCH / str(i), symlinks=True)
             self.trees.put(SCRATCH / str(i))
         self.seconds = {}
+        self.tried_on = {}  # (chapter, part): the sentences; none: all of the chapter
 
     def baseline(self, chapter):
         """The chapter's results without a bug; they must all be ok."""
@@ -204,7 +216,9 @@ class Tester:
             # One program among several on a GPU takes longer than it did alone.
             patience = self.workers if self.gpu else 1
             with self.turns(self.workers if self.gpu and mutant.chapter == 0 else 1):
-                return run(tree, mutant.chapter, self.gpu, patience * (10 + 3 * seconds), 60 + 10 * patience * seconds), None
+                only = self.tried_on.get((mutant.chapter, mutant.part), ())
+                limits = patience * (10 + 3 * seconds), 60 + 10 * patience * seconds
+                return run(tree, mutant.chapter, self.gpu, *limits, only), None
         finally:
             path.write_text(sound)
             self.trees.put(tree)
@@ -223,6 +237,13 @@ def baselines(tester, chapters, mutants, failures):
         sentences[chapter] = {s for s, result in results.items() if result == "ok"}
         if not sentences[chapter]:
             failures.append(f"chapter {chapter} has no sentence")
+        parts = {m.part for m in mutants if m.chapter == chapter and m.part}
+        rest = set(results)
+        for part in parts:
+            tester.tried_on[chapter, part] = by_number(sentences_of(part, chapter) & rest)
+        for part in parts:
+            rest -= set(tester.tried_on[chapter, part])
+            tester.tried_on[chapter, ""] = by_number(rest)
         if not any(m.chapter == chapter for m in mutants):
             failures.append(f"chapter {chapter} has no bug to catch in tests/mutants/chapter{chapter}.txt")
     return sentences
@@ -247,7 +268,8 @@ def plant(tester, chapters, mutants):
                 print(f"  {mutant.name}: caught, the run hangs", flush=True)
                 continue
             # A sentence whose line is missing died with the run.
-            catchers = by_number(s for s in sentences[shown] if results.get(s, "FAILED") not in ("ok", "skipped"))
+            tried = set(tester.tried_on.get((shown, mutant.part), sentences[shown])) & sentences[shown]
+            catchers = by_number(s for s in tried if results.get(s, "FAILED") not in ("ok", "skipped"))
             caught_something |= set(catchers)
             if catchers:
                 words = [s + (" (hangs)" if results.get(s) == "hangs" else "") for s in catchers]
@@ -269,7 +291,7 @@ def main():
     options = parser.parse_args()
     start = time.monotonic()
 
-    files = sorted(Path(__file__).parent.glob("chapter[0-9].txt"))
+    files = sorted(Path(__file__).parent.glob("chapter[0-9]*.txt"))
     mutants = [m for f in files for m in read_mutants(f) if options.chapter in (None, m.chapter)]
     failures = [f"{m.where}: {m.name}: {m.problem()}" for m in mutants if m.problem()]
     mutants = [m for m in mutants if not m.problem()]
