@@ -178,6 +178,38 @@ def gpu_ladder(chapter, op, case=None):
     put("\n\n".join(text))
 
 
+def gpu_breakdown():
+    """Chapter 8's steps on the GPU, one after the other: what the layer takes longer for going on to a step's end."""
+    path, rows = recorded_gpu(8)
+    rows = [row for row in rows if row["op"] == "layer_step" and row["backend"] == "cuda"]
+    if not rows:
+        put("*The GPU's steps are not recorded yet; `make chapter8 && ./chapter8` times them.*")
+        return
+    steps = list(dict.fromkeys(row["variant"] for row in rows))
+    lines = ["| case | " + " | ".join(steps) + " | in turn |", "| --- |" + " --: |" * (len(steps) + 1)]
+    for case, group in itertools.groupby(rows, key=lambda row: row["case"]):
+        times = {row["variant"]: 1e3 * number(row["median_ms"]) for row in group}
+        cells = [digits(times[step], 3 if times[step] >= 10 else 2) for step in steps] + [digits(sum(times.values()))]
+        lines.append(f"| `{case}` | " + " | ".join(cells) + " |")
+    put("Microseconds, " + f"{rows[0]['device']}, {rows[0]['date']} ({link(path)}):\n\n" + "\n".join(lines))
+
+
+def layer_ratios():
+    """Chapter 8: the best rung of the layer at each T, beside the best that PyTorch was measured at."""
+    path, rows = recorded_gpu(8)
+    peers = read_rows(ROOT / path.parent / "peers.csv") if path else []
+    columns = []
+    for case in dict.fromkeys(row["case"] for row in rows if row["op"] == "layer" and row["backend"] == "cuda"):
+        here = [row for row in rows if row["op"] == "layer" and row["backend"] == "cuda" and row["case"] == case]
+        others = [row for row in peers if row["op"] == "layer" and row["case"] == case and "torch" in row["variant"]]
+        if others:
+            ours, best = (min(number(row["median_ms"]) for row in group) for group in (here, others))
+            columns.append((case.split("-")[0][1:], digits(ours), digits(best / ours, 2)))
+    heads = ["| T |", "| --- |", "| ours (ms) |", "| PyTorch's best, × ours |"]
+    cells = [(T, "--:", ours, ratio) for T, ours, ratio in columns]
+    put("\n".join(head + "".join(f" {cell[i]} |" for cell in cells) for i, head in enumerate(heads)))
+
+
 def ceilings():
     """Chapter 0's rates: the fastest run, and the median beside it."""
     path, rows = recorded(0)
@@ -244,8 +276,9 @@ def comparison():
 VENDOR = ("cublas", "cusparse", "radix-cub")  # rungs that are the vendor's, not ours
 
 
-def headline():
-    """On the GPU: the best rung of each operator at the cases that others were measured at, beside the best of these."""
+def headline(*chosen):
+    """On the GPU: the best rung of each operator at the cases that others were measured at, beside the best of these.
+    chosen limits it to some, each an operator and a case: "topk T4096-n128-K64-normal-f32"."""
     lines = ["| operator | case | ours (ms) | rung | best other (ms) | who | ratio |", "| --- | --- | --: | --- | --: | --- | --: |"]
     dates, device, seen = set(), "", set()
     for chapter in (3, 7, 5, 6, 8, 9):
@@ -259,7 +292,7 @@ def headline():
         for key in dict.fromkeys((row["op"], row["case"]) for row in rows):
             here = [row for row in rows if (row["op"], row["case"]) == key]
             others = [row for row in peers if (row["op"], row["case"]) == key]
-            if not others or key in seen:
+            if not others or key in seen or (chosen and " ".join(key) not in chosen):
                 continue
             seen.add(key)
             ours = min(here, key=lambda row: number(row["median_ms"]))
@@ -269,10 +302,13 @@ def headline():
                 f"| {key[0]} | `{key[1]}` | {digits(times[0])} | chapter {chapter}, {ours['variant']} "
                 f"| {digits(times[1])} | {other['variant']} | {digits(times[1] / times[0], 2)} |"
             )
+    if lost := {*chosen} - {" ".join(key) for key in seen}:
+        raise ValueError(f"nobody measured {lost}")
     if not seen:
         put("*No GPU figures are recorded yet.*")
         return
-    when = " and ".join(sorted(dates))
+    *earlier, last = sorted(dates)
+    when = " and ".join([", ".join(earlier), last] if earlier else [last])
     put("\n".join(lines) + f"\n\n{device}, {when}; the others 2026-11-23 on the same kind of GPU, as recorded.")
 
 

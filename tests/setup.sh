@@ -1,8 +1,9 @@
 #!/bin/sh
 # Installs what is missing with apt, as root or with sudo, and makes .venv for the text checks and the notebooks. Does
 # nothing when nothing is missing. Elsewhere it prints what to install. CUDA is never installed: the last lines say
-# where it stands.
+# where it stands. `tests/setup.sh book` also installs what makes and checks the book.
 set -eu
+with_book=$([ "${1:-}" = book ] && echo yes || true)
 cd "$(dirname "$0")/.."
 
 missing=
@@ -35,6 +36,12 @@ need libomp-dev includes omp.h clang
 need python3 has python3
 need python3-venv python3 -c 'import ensurepip, venv'
 runtime >/dev/null 2>&1 || missing="$missing libclang-rt"
+# What makes the book, opens its pages, and sets its formulas.
+if [ "$with_book" ]; then
+    need pandoc has pandoc
+    need chromium-headless-shell sh -c 'command -v chromium-headless-shell || command -v chromium || command -v google-chrome'
+    need fonts-lmodern sh -c 'fc-list | grep -q "Latin Modern Math"'
+fi
 
 if [ -n "$missing" ] && ! has apt-get >/dev/null; then
     echo "make setup installs with apt only. Please install what these Debian packages hold:$missing"
@@ -55,6 +62,10 @@ if [ -n "$missing" ]; then
         if [ "$package" = libclang-rt ]; then
             package=libclang-rt-$version-dev
             apt-cache show "$package" >/dev/null 2>&1 || continue
+        fi
+        if [ "$package" = chromium-headless-shell ] && ! apt-cache show "$package" >/dev/null 2>&1; then
+            echo "no $package in this release: make check-book needs some Chromium on the PATH"
+            continue
         fi
         packages="$packages $package"
     done
@@ -78,6 +89,13 @@ if ! .venv/bin/python -c "import $(echo "$notebooks" | tr ' ' ,)" 2>/dev/null; t
     # shellcheck disable=SC2086 # the words are the packages
     .venv/bin/pip install -q --disable-pip-version-check $notebooks ||
         echo "pip could not install them: everything runs without them but make notebooks and make test-lib"
+fi
+
+playwright=1.65.2
+if [ "$with_book" ] && ! .venv/bin/python -c "import playwright" 2>/dev/null; then
+    echo "installing playwright $playwright into .venv"
+    .venv/bin/pip install -q --disable-pip-version-check "playwright==$playwright" ||
+        echo "pip could not install playwright: everything runs without it but make check-book"
 fi
 
 if nvcc=$(has nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null); then
