@@ -2,6 +2,7 @@
 #include "../fmoe_cuda.h"
 #include "../rungs.h"
 #include "schedule.h"
+
 static bool within_limits(const void *args) {
     const fmoe_schedule_args *a = args;
     return a->N <= FMOE_CUDA_MAX_EXPERTS;
@@ -51,5 +52,12 @@ const fmoe_rung cuda_schedule_rungs[] = {
      .run = CUDA_RUN(cuda_schedule_overlap),
      .workspace = CUDA_PART(cuda_schedule_levels_workspace),
      .supports = within_limits},
+    {.name = "table",
+     .level = LEVEL_HOPPER,
+     .backend = BACKEND_CUDA,
+     .idea = "Chunks fully by expert, and a table of their counts: a block fills 2,560 places of the result, whosever.",
+     .run = CUDA_RUN(cuda_schedule_table),
+     .workspace = CUDA_PART(cuda_schedule_table_workspace),
+     .supports = CUDA_PART(cuda_schedule_table_fits)},
     {0},
 };

@@ -15,8 +15,6 @@ typedef struct {
 } schedule_task;
 
 // Checks sizes, pointers and the workspace, which holds the note and then `needed` bytes for the rung.
-fmoe_status schedule_make(int64_t T, int64_t K, int64_t N, const int32_t *indices, int32_t *offsets, int32_t *pairs,
-                          void *workspace, size_t workspace_bytes, size_t needed, schedule_task *task);
 fmoe_status schedule_from_args(const void *args, void *workspace, size_t workspace_bytes, size_t needed,
                                schedule_task *task);
 // T = 0: all offsets are 0, and nothing is noted.
@@ -36,9 +34,10 @@ __device__ inline int expert_of(const schedule_task &a, int pair) {
 }
 
 // [scan]
-// The sum of the values of the threads before this one, and of all, in a block of WARPS warps. A warp adds by shuffles,
-// in five steps; the warps' sums meet in shared memory. Warps from `active` on have nothing to add. sums: [2, WARPS],
-// 16 bytes aligned; taking the halves in turns makes one barrier enough. Every thread of the block calls it.
+// The sum of the values of the threads before this one, and of all, in a block's first WARPS warps. A warp adds by
+// shuffles, in five steps; the warps' sums meet in shared memory. Warps from `active` on have nothing to add. sums:
+// [2, WARPS], 16 bytes aligned; taking the halves in turns makes one barrier enough. Every thread of the block calls
+// it.
 template <int WARPS, typename V> __device__ inline V scan_block(V value, int active, int turn, V *sums, V *total) {
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     V inclusive = value, before = 0, all = 0;
@@ -49,7 +48,7 @@ template <int WARPS, typename V> __device__ inline V scan_block(V value, int act
             V other = __shfl_up_sync(ALL_LANES, inclusive, step);
             inclusive += lane >= step ? other : 0;
         }
-    if (lane == WARP - 1)
+    if (lane == WARP - 1 && warp < WARPS)
         sums[warp] = inclusive;
     __syncthreads();
 #pragma unroll
@@ -92,5 +91,32 @@ __device__ inline void note_bad_indices(const schedule_task &a, int good) {
     if (threadIdx.x == 0)
         *(cuda_note *)a.note = note;
 }
+
+// [launch]
+// With `early` the kernel's blocks may start before the kernel in front of it has finished: wait_for_previous is where
+// they wait for its results.
+template <typename Task>
+static fmoe_status launch_early(const char *name, void (*kernel)(Task), int blocks, int threads, size_t shared,
+                                bool early, const Task &task, cudaStream_t stream) {
+    // More than 48 KB, of which the kernels' own variables take up to 3 KB, has to be asked for.
+    if (shared > 45 * 1024 &&
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared) != cudaSuccess) {
+        cudaGetLastError(); // forgotten: the status says it
+        return fmoe_fail(FMOE_UNSUPPORTED, "%s needs %zu bytes of shared memory a block, more than this GPU has", name,
+                         shared);
+    }
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3((unsigned)blocks);
+    config.blockDim = dim3((unsigned)threads);
+    config.dynamicSmemBytes = shared;
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = early ? 1 : 0;
+    return cuda_call(name, cudaLaunchKernelEx(&config, kernel, task));
+}
+// [/launch]
 
 #endif

@@ -1,5 +1,4 @@
-// Two levels: sizes, launches, and the rungs that are made of them. fmoe_cuda_schedule calls the last one that the
-// device has.
+// Two levels: sizes, launches, and the rungs that are made of them.
 #include "two_levels.cuh"
 
 static int bits_for(int64_t count) {
@@ -60,63 +59,31 @@ size_t levels_lay_out(int64_t num_pairs, int64_t N, bool even, char *memory, lev
     return records + starts + bases + sizes + heavy;
 }
 
-// [launch]
-// With overlap the kernel's blocks may start before the kernel in front of it has finished: wait_for_previous is where
-// they wait for its results.
-static fmoe_status launch(const char *name, levels_kernel *kernel, int blocks, int threads, size_t shared, bool overlap,
-                          const levels *l, cudaStream_t stream) {
-    // More than 48 KB, of which the kernels' own variables take up to 1 KB, has to be asked for.
-    if (shared > 47 * 1024 &&
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared) != cudaSuccess) {
-        cudaGetLastError(); // forgotten: the status says it
-        return fmoe_fail(FMOE_UNSUPPORTED, "%s needs %zu bytes of shared memory a block, more than this GPU has", name,
-                         shared);
-    }
-    cudaLaunchAttribute early = {};
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3((unsigned)blocks);
-    config.blockDim = dim3((unsigned)threads);
-    config.dynamicSmemBytes = shared;
-    config.stream = stream;
-    config.attrs = &early;
-    config.numAttrs = overlap ? 1 : 0;
-    return cuda_call(name, cudaLaunchKernelEx(&config, kernel, *l));
-}
-// [/launch]
-
 static fmoe_status run(levels *l, bool overlap, cudaStream_t stream) {
     if (l->call.T == 0)
         return schedule_nothing(&l->call, stream);
     int helpers = l->even ? l->call.num_pairs / l->slice : 0;
-    TRY(launch("sort_chunk", sort_chunk_for(l), l->chunks, l->chunk_warps * WARP, sort_chunk_shared(l), false, l,
-               stream));
+    TRY(launch_early("sort_chunk", sort_chunk_for(l), l->chunks, l->chunk_warps * WARP, sort_chunk_shared(l), false, *l,
+                     stream));
     if (l->planned)
-        TRY(launch("find_bases", find_bases_kernel(), (int)ceil_div(l->buckets + 1, WARP), 8 * WARP, 0, overlap, l,
-                   stream));
-    return launch("sort_bucket", sort_bucket_for(l), l->buckets + helpers, l->bucket_warps * WARP,
-                  sort_bucket_shared(l), overlap, l, stream);
-}
-
-extern "C" size_t fmoe_cuda_schedule_workspace(int64_t T, int64_t K, int64_t N) {
-    if (T < 0 || K < 1 || N < 1 || N > FMOE_CUDA_MAX_EXPERTS || T > INT32_MAX / K)
-        return 0;
-    levels l;
-    return schedule_note_bytes(T) + levels_lay_out(T * K, N, true, NULL, &l);
+        TRY(launch_early("find_bases", find_bases_kernel(), (int)ceil_div(l->buckets + 1, WARP), 8 * WARP, 0, overlap,
+                         *l, stream));
+    return launch_early("sort_bucket", sort_bucket_for(l), l->buckets + helpers, l->bucket_warps * WARP,
+                        sort_bucket_shared(l), overlap, *l, stream);
 }
 
 extern "C" size_t cuda_schedule_levels_workspace(const void *args) {
     const fmoe_schedule_args *a = (const fmoe_schedule_args *)args;
-    return fmoe_cuda_schedule_workspace(a->T, a->K, a->N);
+    levels l;
+    return schedule_note_bytes(a->T) + levels_lay_out(a->T * a->K, a->N, true, NULL, &l);
 }
 
 static fmoe_status run_rung(const void *args, void *workspace, size_t workspace_bytes, bool even, bool overlap,
                             void *stream) {
     levels l;
-    size_t all = cuda_schedule_levels_workspace(args),
-           note = schedule_note_bytes(((const fmoe_schedule_args *)args)->T);
-    TRY(schedule_from_args(args, workspace, workspace_bytes, all > note ? all - note : 0, &l.call));
+    TRY(schedule_from_args(args, workspace, workspace_bytes, 0, &l.call));
+    size_t needed = levels_lay_out(l.call.num_pairs, l.call.N, true, NULL, &l);
+    TRY(check_workspace(workspace, workspace_bytes, schedule_note_bytes(l.call.T) + needed));
     levels_lay_out(l.call.num_pairs, l.call.N, even, l.call.rest, &l);
     return run(&l, overlap, (cudaStream_t)stream);
 }
@@ -132,11 +99,4 @@ extern "C" fmoe_status cuda_schedule_even(const void *args, void *workspace, siz
 
 extern "C" fmoe_status cuda_schedule_overlap(const void *args, void *workspace, size_t workspace_bytes, void *stream) {
     return run_rung(args, workspace, workspace_bytes, true, true, stream);
-}
-
-extern "C" fmoe_status fmoe_cuda_schedule(int64_t T, int64_t K, int64_t N, const int32_t *indices, int32_t *offsets,
-                                          int32_t *pairs, void *workspace, size_t workspace_bytes, void *stream) {
-    fmoe_schedule_args args = {T, K, N, indices, offsets, pairs};
-    bool overlap = fmoe_cuda_level() >= 2;
-    return run_rung(&args, workspace, workspace_bytes, true, overlap, stream);
 }
