@@ -49,37 +49,6 @@ __device__ inline void clear_masked(const dense_task &task, int first_row, int f
             *to = make_uint4(0, 0, 0, 0);
 }
 
-// As product_multiply, with something to do beside the products: step 0, 1, ... comes once that block of the depth is
-// under way.
-template <typename E, typename S, int SUMS, typename Beside>
-__device__ inline void mask_multiply(S *s, product_turn &turn, int count, int group, int cluster, float (&sums)[SUMS],
-                                     Beside beside) {
-    int block = 0, before = 0;
-    do {
-        uint64_t x = wgmma_operand(s->a[turn.stage] + group * PRODUCT_PANEL), down = wgmma_operand(s->b[turn.stage]);
-        barrier_wait(&s->full[turn.stage], turn.parity);
-        wgmma_fence();
-        wgmma_from_shared<E, false, false>(sums, x, down, block > 0);
-        wgmma_commit();
-        wgmma_wait<1>();
-        if (block > 0)
-            product_release(&s->empty[before], cluster);
-#pragma unroll
-        for (int step = 1; step < TILE_DEPTH / 16; step++)
-            wgmma_from_shared<E, false, false>(sums, x + step * 2, down + step * 2, true);
-        wgmma_commit();
-        if (block < PICK_STEPS)
-            beside(block);
-        before = turn.stage;
-        turn.template next<S::STAGES>();
-    } while (++block < count);
-    for (; block < PICK_STEPS; block++)
-        beside(block);
-    wgmma_wait<0>();
-    wgmma_arrived(sums);
-    product_release(&s->empty[before], cluster);
-}
-
 // Where a warpgroup's part of a tile lies in A, and two of its rows, as a lane of the first warp knows them.
 typedef struct {
     int row, column;
@@ -122,12 +91,12 @@ __device__ inline void mask_consume(S *s, const dense_task &task, const product_
         float sums[MASK_COLUMNS / 2];
         auto beside = [&](int step) {
             if (step == 0) {
-                meet(barrier); // the tile before is done with
+                barrier_sync(barrier, PRODUCT_GROUP); // the tile before is done with
                 if (thread < WARP) {
                     number_pairs(rows, place.rows);
                     rows->row = place.row, rows->column = place.column;
                 }
-                meet(barrier);
+                barrier_sync(barrier, PRODUCT_GROUP);
             } else if (step < 3) {
 #pragma unroll
                 for (int i = 0; i < HELD; i++)
@@ -139,7 +108,15 @@ __device__ inline void mask_consume(S *s, const dense_task &task, const product_
                 place = mask_place_of(task, work, first_token, number + clusters, rank, group);
             }
         };
-        mask_multiply<E>(s, turn, depth, group, work.cluster, sums, beside);
+        int last = product_blocks<E, false, false>(s, turn, depth, group, work.cluster, sums, [&](int block) {
+            if (block < PICK_STEPS)
+                beside(block);
+        });
+        for (int step = depth; step < PICK_STEPS; step++)
+            beside(step);
+        wgmma_wait<0>();
+        wgmma_arrived(sums);
+        product_release(&s->empty[last], work.cluster);
         E *masked = (E *)task.masked + (int64_t)rows->row * task.pitch + rows->column;
         auto take = [&](int row, chosen_pair p, float s, float activation) {
             if (a.pre_activations)
@@ -163,14 +140,7 @@ __global__ void __launch_bounds__(PRODUCT_THREADS, 1)
     static_assert(sizeof(S) + 1023 <= PRODUCT_SHARED, "too much shared memory");
     S *s = (S *)(shared + (-shared_address(shared) & 1023));
     int group = threadIdx.x / PRODUCT_GROUP, rank = work.cluster > 1 ? (int)cluster_rank() : 0;
-    if (threadIdx.x == 0) {
-        for (int stage = 0; stage < S::STAGES; stage++) {
-            barrier_init(&s->full[stage], 1);
-            barrier_init(&s->empty[stage], 2 * work.cluster);
-        }
-        barrier_init_done();
-    }
-    cluster_sync();
+    product_set_up(s, work.cluster);
     start_next_kernel();
     wait_for_kernel_before();
     if (group == 2) {
@@ -243,21 +213,10 @@ static size_t dense_carve(dense_task *task, void *workspace) {
 template <typename E>
 static fmoe_status mask_launch(const dense_task &task, const product_work &work, int first, const product_maps &maps,
                                cudaStream_t stream) {
-    TRY(cuda_call("mask_kernel",
-                  cudaFuncSetAttribute(mask_kernel<E>, cudaFuncAttributeMaxDynamicSharedMemorySize, PRODUCT_SHARED)));
     int tiles = product_tiles_down(work) * product_tiles_across(work, MASK_COLUMNS);
     int clusters = multiprocessors() / work.cluster;
-    cudaLaunchAttribute attributes[2] = {};
-    attributes[0].id = cudaLaunchAttributeClusterDimension;
-    attributes[0].val.clusterDim.x = work.cluster, attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
-    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[1].val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = (clusters < tiles ? clusters : tiles) * work.cluster, config.blockDim = PRODUCT_THREADS;
-    config.dynamicSmemBytes = PRODUCT_SHARED, config.stream = stream;
-    config.attrs = attributes, config.numAttrs = 2;
-    cudaLaunchKernelEx(&config, mask_kernel<E>, task, work, first, maps);
-    return launched("mask_kernel");
+    return product_start("mask_kernel", mask_kernel<E>, min(clusters, tiles), work.cluster, true, stream, task, work,
+                         first, maps);
 }
 
 // [dense]

@@ -5,8 +5,9 @@
 
 #include "strategies.cuh"
 
-#define ROWS_TOKENS 128 // of a tile
-#define MOST_ROWS   MOST_GROUPS
+#define ROWS_TOKENS    128 // of a tile
+#define MOST_ROWS      MOST_GROUPS
+#define ROWS_REGISTERS 224 // a thread that multiplies; 56 for those that gather: 168 on average
 
 typedef struct {
     expert_task a;
@@ -246,12 +247,12 @@ __device__ inline void rows_consume(const rows_task &task, S *s, int group) {
         float sums[COLUMNS / 2];
         auto beside = [&](int step) {
             if (step == 0) {
-                meet(barrier); // the tile before is done with
+                barrier_sync(barrier, PRODUCT_GROUP); // the tile before is done with
                 if (thread < WARP) {
                     number_pairs(rows, found);
                     rows->column = next.column;
                 }
-                meet(barrier);
+                barrier_sync(barrier, PRODUCT_GROUP);
             } else if (step < 3) {
 #pragma unroll
                 for (int i = 0; i < HELD; i++)
@@ -301,10 +302,10 @@ __global__ void __launch_bounds__(PRODUCT_THREADS, 1)
         number_tiles<COLUMNS>(task, s->first_tile, s->counts);
     __syncthreads();
     if (group == 2) {
-        give_registers<40>();
+        give_registers<56>();
         rows_produce<E, COLUMNS>(task, s, &down);
     } else {
-        take_registers<PRODUCT_REGISTERS>();
+        take_registers<ROWS_REGISTERS>();
         rows_consume<E, COLUMNS>(task, s, group);
     }
 #endif

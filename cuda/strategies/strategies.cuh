@@ -86,12 +86,6 @@ typedef struct {
     int at; // its sum's place among 64 × 64
 } held_pair;
 
-// The threads of a warpgroup meet. A warp must come as one to such a barrier: in parts, it would be counted for each.
-__device__ inline void meet(int barrier) {
-    __syncwarp();
-    barrier_sync(barrier, PRODUCT_GROUP);
-}
-
 // What is loaded here and in pair_of is not looked at before the products are under way again: nothing waits for it.
 __device__ inline pick_row look_up(const token_lists &lists, int token, int group) {
     const uint16_t *begins = lists.begins + (int64_t)max(token, 0) * (lists.groups + 1) + group;
@@ -120,15 +114,15 @@ __device__ inline int pick_at(int row, int column) {
     return row * PICK_COLUMNS + (column ^ (row & 3) * 8);
 }
 
-// The pair of that number; if there is none, some pair.
+// The pair of that number; if there are not so many, some pair of these lists. No condition decides about the address:
+// chapter 7 tells what a compiler made of one.
 __device__ inline held_pair pair_of(const token_lists &lists, const pick_rows *rows, int K, int number) {
     int row = 0;
 #pragma unroll
     for (int step = PICK_ROWS / 2; step; step /= 2)
         row += rows->upto[row + step - 1] <= number ? step : 0;
-    bool there = number < rows->upto[PICK_ROWS - 1] && rows->token[row] >= 0;
-    int64_t at = there ? (int64_t)rows->token[row] * K + max(0, min(K - 1, rows->from[row] + number)) : 0;
-    return {lists.pairs[at], pick_at(row, 0)};
+    int64_t at = (int64_t)rows->token[row] * K + rows->from[row] + min(number, rows->upto[PICK_ROWS - 1] - 1);
+    return {lists.pairs[max(at, (int64_t)0)], pick_at(row, 0)};
 }
 
 __device__ inline int row_of(const held_pair &held) {
@@ -165,9 +159,9 @@ __device__ inline void pick_pairs(const float (&sums)[SUMS], float *staging, int
 #pragma unroll
     for (int part = 0; part < SUMS / 32; part++) {
         int first = first_column + part * PICK_COLUMNS;
-        meet(barrier); // the columns before are done with
+        barrier_sync(barrier, PRODUCT_GROUP); // the columns before are done with
         put_sums(at, sums + part * 32);
-        meet(barrier);
+        barrier_sync(barrier, PRODUCT_GROUP);
 #pragma unroll
         for (int i = 0; i < HELD; i++) {
             if ((chosen_column(held[i].pair) & -PICK_COLUMNS) == first)

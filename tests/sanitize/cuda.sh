@@ -40,7 +40,9 @@ for name in memcheck racecheck initcheck synccheck; do
     else
         failed=1
         echo "FAILED  $name"
-        head -n 40 "$log"
+        # Reports, each above the name of the call that it is of, and wrong results.
+        awk '/^=/ { report = report $0 "\n"; next } report || /^FAILED/ { printf "%s%s\n", report, $0; report = "" }' \
+            "$log" | head -n 40
     fi
 done
 exit $failed

@@ -1,13 +1,16 @@
 /* For compute-sanitizer: every CUDA rung and every public function once, on sizes that divide nothing. Each tensor is
- * an allocation of its own, of exactly its size and not poisoned, so that the tools see the first byte beyond it and
- * every value that nobody wrote.
+ * an allocation of its own, of exactly its size, so that the tools see the first byte beyond it. Workspaces are fresh:
+ * initcheck sees every value that nobody wrote. Outputs are poisoned instead, and a NaN that stays is an error of the
+ * result: what the copy engine stores initcheck does not see, and it would report every byte of it.
  *
- * --plant TOOL runs a mistake instead, which that tool has to report. */
+ * Each call is named when it has ended, so that what a tool reports stands above the name of the call that it is of.
+ * `run STEP` runs one step's ladders alone. --plant TOOL runs a mistake instead, which that tool has to report. */
 #include "../../chapters/device.h"
 #include "../../chapters/program.h"
 #include "../../cuda/expert_backward/expert_backward.h"
 #include "../../cuda/fmoe_cuda.h"
 #include "../../cuda/layer/layer.h"
+#include "../../cuda/layer_backward/layer_backward.h"
 #include "../../cuda/mlp_backward/mlp_backward.h"
 #include "../../cuda/rungs.h"
 #include "faults.h"
@@ -20,6 +23,8 @@ static int failures, runs;
 
 static void must(const char *what, const char *case_name, fmoe_status status) {
     runs++;
+    printf("%s %s\n", what, case_name);
+    fflush(stdout);
     if (status == FMOE_OK)
         return;
     printf("FAILED %s, %s: %s: %s\n", what, case_name, fmoe_status_name(status), fmoe_error_message());
@@ -58,7 +63,7 @@ static void free_all(void) {
 static const struct {
     const fmoe_step *step;
     const fmoe_rung *rungs;
-    const char *cases[5];
+    const char *cases[6];
 } ladders[] = {
     {&fmoe_step_router,
      cuda_router_rungs,
@@ -80,6 +85,9 @@ static const struct {
     {&fmoe_step_mlp,
      cuda_mlp_rungs,
      {"T5-d19-I33-f32", "T130-d72-I104-bf16", "T1-d264-I520-bf16", "T9-d136-I264-f16", "T50-d256-I520-bf16"}},
+    {&fmoe_step_router_backward,
+     cuda_router_backward_rungs,
+     {"T67-d40-n13-f32-train", "T260-d136-n33-bf16-train", "T257-d72-n10-f16", "T9-d7-n3-bf16-train"}},
     {&fmoe_step_topk_backward,
      cuda_topk_backward_rungs,
      {"T5-n7-K6-normal-f32", "T3-n128-K64-normal-bf16-norm", "T2-n70-K300-normal-f32"}},
@@ -92,18 +100,23 @@ static const struct {
     {&fmoe_step_layer,
      cuda_layer_rungs,
      {"T5-d19-I33-N50-K6-normal-f32-train", "T37-d72-I104-N170-K9-normal-bf16", "T3-d136-I40-N1024-K33-normal-f16-norm",
-      "T70-d264-I136-N300-K8-normal-bf16-train"}},
+      "T70-d264-I136-N300-K8-normal-bf16-train", "T11-d136-I40-N300-K20-normal-bf16",
+      "T1410-d40-I16-N30-K3-normal-bf16"}},
+    {&fmoe_step_layer_backward,
+     cuda_layer_backward_rungs,
+     {"T5-d19-I33-N50-K6-normal-f32-train", "T37-d72-I104-N170-K9-normal-bf16",
+      "T70-d264-I136-N300-K8-normal-bf16-train", "T260-d72-I40-N60-K5-normal-f16-train",
+      "T257-d136-I72-N300-K8-normal-bf16"}},
 };
 
 static fmoe_status run_rung(const fmoe_rung *rung, fmoe_problem *p, double *error, char *why) {
     char args[512];
     memcpy(args, p->args, p->step->args_size);
+    fmoe_problem_poison(p);
     void *copies[FMOE_MAX_ARGUMENTS] = {NULL};
     for (int i = 0; i < p->num_arguments; i++) {
         const fmoe_argument *a = &p->arguments[i];
-        size_t bytes = (size_t)a->count * fmoe_dtype_size(a->dtype);
-        copies[i] =
-            a->role == ROLE_OUTPUT ? allocate(bytes) : upload(a->role == ROLE_INOUT ? a->pristine : a->data, bytes);
+        copies[i] = upload(a->data, (size_t)a->count * fmoe_dtype_size(a->dtype));
         memcpy(args + a->slot, &copies[i], sizeof copies[i]);
     }
     size_t bytes = rung_workspace(rung, p);
@@ -122,7 +135,7 @@ static fmoe_status run_rung(const fmoe_rung *rung, fmoe_problem *p, double *erro
 static void run_ladder(const fmoe_step *step, const fmoe_rung *rungs, const char *name) {
     fmoe_case c;
     fmoe_problem p;
-    char why[256] = "";
+    char why[256] = "", what[64];
     fmoe_status status = fmoe_case_parse(name, &c);
     if (status == FMOE_OK)
         status = fmoe_problem_new(step, &c, 1, &p);
@@ -134,9 +147,10 @@ static void run_ladder(const fmoe_step *step, const fmoe_rung *rungs, const char
         double error = 0;
         if (rung->library || rung_supports(rung, &p, why) != FMOE_OK)
             continue;
-        must(rung->name, name, run_rung(rung, &p, &error, why));
+        snprintf(what, sizeof what, "%s %s", step->op, rung->name);
+        must(what, name, run_rung(rung, &p, &error, why));
         if (!(error <= fmoe_error_limit(c.dtype))) {
-            printf("FAILED %s %s, %s: error %g: %s\n", step->op, rung->name, name, error, why);
+            printf("FAILED %s, %s: error %g: %s\n", what, name, error, why);
             failures++;
         }
     }
@@ -276,6 +290,31 @@ static void run_layer(void) {
     fmoe_cuda_side_destroy(side);
 }
 
+/* There and back, with nothing kept but what has to be; all gradients, and then one. */
+static void run_layer_backward(fmoe_write write) {
+    enum { N = 50, I = 29, SIDE = 7 };
+    const fmoe_config config = {D, I, N, K, true};
+    const fmoe_cuda_weights weights = {drawn(2 * SIDE * D), drawn(N * D), drawn(N * D), drawn(I * D),
+                                       drawn(I * D),        drawn(D * I), drawn(D),     drawn(D)};
+    const fmoe_cuda_kept kept = {.router_logits = room(2 * T * SIDE), .indices = allocate(T * K * sizeof(int32_t))};
+    const fmoe_cuda_gradients all = {room(T * D),  drawn(2 * SIDE * D), drawn(N * D), drawn(N * D),
+                                     drawn(I * D), drawn(I * D),        drawn(D * I)},
+                              one = {.router_gate = all.router_gate};
+    float *x = drawn(T * D), *dy = drawn(T * D);
+    size_t bytes = fmoe_cuda_layer_forward_keeping_workspace(&config, true, T, FMOE_F32, &kept);
+    must("layer_forward_keeping", "little",
+         fmoe_cuda_layer_forward_keeping(&config, &weights, true, T, FMOE_F32, x, room(T * D), NULL, &kept,
+                                         allocate(bytes), bytes, NULL));
+    bytes = fmoe_cuda_layer_backward_workspace(&config, true, T, FMOE_F32, &kept);
+    must("layer_backward", "all gradients",
+         fmoe_cuda_layer_backward(&config, &weights, true, T, FMOE_F32, x, &kept, dy, write, FMOE_F32, &all,
+                                  allocate(bytes), bytes, NULL));
+    must("layer_backward", "one gradient",
+         fmoe_cuda_layer_backward(&config, &weights, true, T, FMOE_F32, x, &kept, dy, write, FMOE_F32, &one,
+                                  allocate(bytes), bytes, NULL));
+    free_all();
+}
+
 int main(int argc, char **argv) {
     const fmoe_device *gpu = fmoe_device_get();
     if (argc == 2 && strcmp(argv[1], "--device") == 0) { /* is there one? */
@@ -284,14 +323,20 @@ int main(int argc, char **argv) {
     }
     if (argc == 3 && strcmp(argv[1], "--plant") == 0)
         return run_fault(argv[2]);
+    const char *only = argc == 2 ? argv[1] : NULL;
     for (size_t i = 0; i < sizeof ladders / sizeof ladders[0]; i++)
-        for (int c = 0; c < 5 && ladders[i].cases[c]; c++)
-            run_ladder(ladders[i].step, ladders[i].rungs, ladders[i].cases[c]);
+        for (int c = 0; c < 6 && ladders[i].cases[c]; c++)
+            if (!only || strcmp(only, ladders[i].step->op) == 0)
+                run_ladder(ladders[i].step, ladders[i].rungs, ladders[i].cases[c]);
+    if (only)
+        return failures != 0 || runs == 0;
     run_softmax();
     run_experts();
     run_backward(FMOE_OVERWRITE);
     run_backward(FMOE_ACCUMULATE);
     run_layer();
+    run_layer_backward(FMOE_OVERWRITE);
+    run_layer_backward(FMOE_ACCUMULATE);
     for (int flag = 0; flag < 2; flag++) {
         run_router(flag);
         run_topk(flag);
