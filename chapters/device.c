@@ -41,6 +41,12 @@ fmoe_status fmoe_device_time(const fmoe_rung *rung, const fmoe_problem *p, fmoe_
     return not_built();
 }
 
+fmoe_status fmoe_device_time_in_turns(const fmoe_rung *rung, const fmoe_rung *other, const fmoe_problem *p,
+                                      fmoe_timing *timings) {
+    (void)other;
+    return fmoe_device_time(rung, p, timings);
+}
+
 #else
 
 #include "../cuda/fmoe_cuda.h"
@@ -322,14 +328,22 @@ void fmoe_device_graph_free(void *graph) {
 
 enum { WARM_UP = 3, AT_LEAST = 50, AT_MOST = 200 };
 
+// A rung whose calls are timed, one after the other or in turns with another's.
+typedef struct {
+    const fmoe_rung *rung;
+    void *graph;
+    double ms[AT_MOST];
+} timed_calls;
+
 // [device-time]
 /* The flush runs longer than the host needs to queue what follows, so no gap between launches is the host's. */
-static fmoe_status time_once(const fmoe_rung *rung, fmoe_device_problem *d, void *graph, const void *flush,
-                             cudaEvent_t *events, double *ms) {
+static fmoe_status time_once(const timed_calls *of, fmoe_device_problem *d, const void *flush, cudaEvent_t *events,
+                             double *ms) {
     float elapsed = 0;
     TRY(cuda_flush_l2(flush, CUDA_FLUSH_BYTES, d->stream));
     TRY(cuda_status(cudaEventRecord(events[0], d->stream), "event"));
-    TRY(graph ? fmoe_device_replay(graph, d->stream) : rung->run(d->args, d->workspace, d->workspace_bytes, d->stream));
+    TRY(of->graph ? fmoe_device_replay(of->graph, d->stream)
+                  : of->rung->run(d->args, d->workspace, d->workspace_bytes, d->stream));
     TRY(cuda_status(cudaEventRecord(events[1], d->stream), "event"));
     TRY(cuda_status(cudaEventSynchronize(events[1]), "the device"));
     TRY(cuda_status(cudaEventElapsedTime(&elapsed, events[0], events[1]), "event"));
@@ -338,42 +352,65 @@ static fmoe_status time_once(const fmoe_rung *rung, fmoe_device_problem *d, void
 }
 // [/device-time]
 
-static fmoe_status time_calls(const fmoe_rung *rung, fmoe_device_problem *d, void *graph, const void *flush,
-                              cudaEvent_t *events, fmoe_timing *timing) {
-    double ms[AT_MOST], spent_ms = 0;
-    int runs = 0;
-    for (int i = 0; i < WARM_UP; i++)
-        TRY(time_once(rung, d, graph, flush, events, &ms[0]));
-    while (runs < AT_MOST) {
-        TRY(time_once(rung, d, graph, flush, events, &ms[runs]));
-        spent_ms += ms[runs++];
-        if ((runs >= AT_LEAST && spent_ms > (fmoe_opt.quick ? 20 : 100)) || (runs >= 5 && spent_ms > 2000))
+// [turns]
+static fmoe_status time_turns(timed_calls *of, int count, fmoe_device_problem *d, const void *flush,
+                              cudaEvent_t *events, int *runs) {
+    double spent_ms = 0;
+    for (int i = 0; i < WARM_UP * count; i++)
+        TRY(time_once(&of[i % count], d, flush, events, &of[i % count].ms[0]));
+    *runs = 0;
+    while (*runs < AT_MOST) {
+        for (int i = 0; i < count; i++) {
+            TRY(time_once(&of[i], d, flush, events, &of[i].ms[*runs]));
+            spent_ms += of[i].ms[*runs];
+        }
+        ++*runs;
+        if ((*runs >= AT_LEAST && spent_ms > (fmoe_opt.quick ? 20 : 100)) || (*runs >= 5 && spent_ms > 2000))
             break;
     }
-    *timing = timing_of(runs, ms);
     return FMOE_OK;
 }
+// [/turns]
 
-fmoe_status fmoe_device_time(const fmoe_rung *rung, const fmoe_problem *p, fmoe_timing *timing) {
-    fmoe_device_problem d;
+static fmoe_status time_all(timed_calls *of, int count, fmoe_device_problem *d, fmoe_timing *timings) {
     cudaEvent_t events[2] = {NULL, NULL};
-    void *graph = NULL;
-    TRY(fmoe_device_problem_new(p, rung_workspace(rung, p), &d));
+    int runs = 0;
     void *flush = fmoe_device_allocate(CUDA_FLUSH_BYTES);
     fmoe_status status = flush ? FMOE_OK : FMOE_OUT_OF_MEMORY;
     for (int i = 0; i < 2 && status == FMOE_OK; i++)
         status = cuda_status(cudaEventCreate(&events[i]), "event");
-    if (status == FMOE_OK && rung->replay)
-        status = fmoe_device_capture(rung, &d, &graph);
+    for (int i = 0; i < count && status == FMOE_OK; i++)
+        if (of[i].rung->replay)
+            status = fmoe_device_capture(of[i].rung, d, &of[i].graph);
     if (status == FMOE_OK)
-        status = time_calls(rung, &d, graph, flush, events, timing);
-    fmoe_device_graph_free(graph);
+        status = time_turns(of, count, d, flush, events, &runs);
+    for (int i = 0; i < count; i++) {
+        fmoe_device_graph_free(of[i].graph);
+        if (status == FMOE_OK)
+            timings[i] = timing_of(runs, of[i].ms);
+    }
     for (int i = 0; i < 2; i++)
         if (events[i])
             cudaEventDestroy(events[i]);
     fmoe_device_free(flush);
+    return status;
+}
+
+fmoe_status fmoe_device_time_in_turns(const fmoe_rung *rung, const fmoe_rung *other, const fmoe_problem *p,
+                                      fmoe_timing *timings) {
+    fmoe_device_problem d;
+    timed_calls of[2] = {{.rung = rung}, {.rung = other}};
+    size_t bytes = rung_workspace(rung, p);
+    if (other && rung_workspace(other, p) > bytes)
+        bytes = rung_workspace(other, p);
+    TRY(fmoe_device_problem_new(p, bytes, &d));
+    fmoe_status status = time_all(of, other ? 2 : 1, &d, timings);
     fmoe_device_problem_free(&d);
     return status;
+}
+
+fmoe_status fmoe_device_time(const fmoe_rung *rung, const fmoe_problem *p, fmoe_timing *timing) {
+    return fmoe_device_time_in_turns(rung, NULL, p, timing);
 }
 
 #endif

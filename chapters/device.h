@@ -65,6 +65,10 @@ fmoe_status fmoe_device_download(void *host, const void *device, size_t bytes);
  * and lies between two events; at least 50 calls, unless they take longer than two seconds. */
 fmoe_status fmoe_device_rung_check(const fmoe_rung *rung, fmoe_problem *p, double *error, char *why);
 fmoe_status fmoe_device_time(const fmoe_rung *rung, const fmoe_problem *p, fmoe_timing *timing);
+/* Two rungs whose calls take turns, so that a card at its power limit is as hot and as slow for the one as for the
+ * other. timings: of both; other: may be NULL. */
+fmoe_status fmoe_device_time_in_turns(const fmoe_rung *rung, const fmoe_rung *other, const fmoe_problem *p,
+                                      fmoe_timing *timings);
 
 #ifdef __cplusplus
 }

@@ -17,7 +17,8 @@
 //
 // KERNEL. product_launch<E, COLUMNS, A_DOWN, B_DOWN>(name, work, maps, epilogue, overlap, stream). COLUMNS of a tile:
 // 256 or 128, a block's tile is 128 rows by so many. overlap: starts while the kernel before ends and waits for it
-// before it reads anything. The kernel lets the next one start early in the same way.
+// before it reads anything. The kernel lets the next one start early in the same way. If A is what the kernel before
+// makes, tile after tile, this one can begin with the rows that are complete: product_early and work.ready.
 //
 // EPILOGUE. A struct passed by value (CUtensorMaps are welcome in it), called by each of the two warpgroups of a block
 // with its 64 rows of every tile (of every part of the depth):
@@ -53,6 +54,8 @@ typedef struct {
     int cluster; // blocks that share B: 2, or 1
     int band;    // the tiles of so many clusters' rows are walked column by column before the next rows
     int blocks;  // at most so many at once; 0: one a multiprocessor
+    int early;   // tiles that are stored before the next kernel may start; 0: it may at once
+    int ready;   // A's rows that the kernel before has stored when this one starts early; for the others it must end
 } product_work;
 
 typedef struct {
@@ -188,11 +191,14 @@ __device__ inline void product_produce(S *s, const product_work &work, const pro
     int down = product_tiles_down(work), across = product_tiles_across(work, COLUMNS);
     int cluster = blockIdx.x / work.cluster, clusters = gridDim.x / work.cluster;
     int width = work.paired ? COLUMNS / 2 : COLUMNS;
+    bool must_wait = work.ready > 0;
     product_turn turn = {0, 0};
     for (int number = cluster; number < down * across * work.splits; number += clusters) {
         product_tile tile = product_tile_of(work, number, down, across);
         product_part part = product_part_of(work, number, down, across);
         product_corner corner = {(tile.row * work.cluster + rank) * PRODUCT_ROWS, tile.column * width, part.split};
+        if (must_wait && corner.row + PRODUCT_ROWS > work.ready)
+            wait_for_kernel_before(), must_wait = false;
         for (int block = 0; block < part.count; block++) {
             barrier_wait(&s->empty[turn.stage], turn.parity ^ 1);
             s->corners[turn.stage] = corner;
@@ -205,6 +211,19 @@ __device__ inline void product_produce(S *s, const product_work &work, const pro
 
 // ---- The warpgroups that multiply ----
 
+// [early]
+// The tiles before this one can be read by the next kernel, which may start: both warpgroups' boxes are written, not
+// only read from shared memory.
+__device__ inline void product_let_next_start() {
+    if (threadIdx.x % PRODUCT_GROUP == 0) {
+        store_box_wait();
+        stores_seen_by_copies();
+    }
+    barrier_sync(3, 2 * PRODUCT_GROUP);
+    start_next_kernel();
+}
+// [/early]
+
 // This warpgroup is done with a stage: says so to every block that writes into it.
 __device__ inline void product_release(uint64_t *empty, int cluster) {
     int warp = threadIdx.x % PRODUCT_GROUP / WARP;
@@ -213,12 +232,13 @@ __device__ inline void product_release(uint64_t *empty, int cluster) {
 }
 
 // [product-consumer]
-// 64 rows of a tile, and where it lies. Each block of the depth is four products deep. The stage before is free as soon
-// as the first of them has been handed in, for products are done in turn; the other three follow while that one runs.
-// (The loop has its test at the end: see the router.)
-template <typename E, bool A_DOWN, bool B_DOWN, typename S, int SUMS>
-__device__ inline product_corner product_multiply(S *s, product_turn &turn, int count, int group, int cluster,
-                                                  float (&sums)[SUMS]) {
+// 64 rows of a tile. Each block of the depth is four products deep. The stage before is free as soon as the first of
+// them has been handed in, for products are done in turn; the other three follow while that one runs, and beside(block)
+// while they do. The last three are still under way at the end; returns their stage. (The loop has its test at the end:
+// see the router.)
+template <typename E, bool A_DOWN, bool B_DOWN, typename S, int SUMS, typename Beside>
+__device__ inline int product_blocks(S *s, product_turn &turn, int count, int group, int cluster, float (&sums)[SUMS],
+                                     Beside beside) {
     constexpr int A_STEP = A_DOWN ? 128 : 2, B_STEP = B_DOWN ? 128 : 2;
     int block = 0, before = 0;
     do {
@@ -236,14 +256,23 @@ __device__ inline product_corner product_multiply(S *s, product_turn &turn, int 
         for (int step = 1; step < TILE_DEPTH / 16; step++)
             wgmma_from_shared<E, A_DOWN, B_DOWN>(sums, a + step * A_STEP, b + step * B_STEP, true);
         wgmma_commit();
+        beside(block);
         before = turn.stage;
         turn.template next<S::STAGES>();
     } while (++block < count);
-    product_corner corner = s->corners[before];
+    return before;
+}
+
+// All of it, and where the tile lies.
+template <typename E, bool A_DOWN, bool B_DOWN, typename S, int SUMS>
+__device__ inline product_corner product_multiply(S *s, product_turn &turn, int count, int group, int cluster,
+                                                  float (&sums)[SUMS]) {
+    int last = product_blocks<E, A_DOWN, B_DOWN>(s, turn, count, group, cluster, sums, [](int) {});
+    product_corner corner = s->corners[last];
     wgmma_wait<0>();
     wgmma_arrived(sums);
     barrier_sync(1 + group, PRODUCT_GROUP); // all have read the corner
-    product_release(&s->empty[before], cluster);
+    product_release(&s->empty[last], cluster);
     return corner;
 }
 // [/product-consumer]
@@ -252,9 +281,12 @@ template <typename E, int COLUMNS, bool A_DOWN, bool B_DOWN, typename S, typenam
 __device__ inline void product_consume(S *s, const product_work &work, const Epilogue &epilogue, int group) {
     int down = product_tiles_down(work), across = product_tiles_across(work, COLUMNS);
     int cluster = blockIdx.x / work.cluster, clusters = gridDim.x / work.cluster;
+    bool early = work.early > 0;
     product_turn turn = {0, 0};
     for (int number = cluster; number < down * across * work.splits; number += clusters) {
         product_part part = product_part_of(work, number, down, across);
+        if (early && number >= work.early)
+            product_let_next_start(), early = false;
         float sums[COLUMNS / 2];
         product_corner corner = product_multiply<E, A_DOWN, B_DOWN>(s, turn, part.count, group, work.cluster, sums);
         product_place at = {corner.row + group * 64, corner.column, corner.split, (int)threadIdx.x % PRODUCT_GROUP,
@@ -262,6 +294,18 @@ __device__ inline void product_consume(S *s, const product_work &work, const Epi
         epilogue(at, sums, s->staging[group]);
     }
     store_box_wait();
+}
+
+// The ring's barriers, before any thread of the cluster uses them.
+template <typename S> __device__ inline void product_set_up(S *s, int cluster) {
+    if (threadIdx.x == 0) {
+        for (int stage = 0; stage < S::STAGES; stage++) {
+            barrier_init(&s->full[stage], 1);
+            barrier_init(&s->empty[stage], 2 * cluster);
+        }
+        barrier_init_done();
+    }
+    cluster_sync();
 }
 
 // Launch: persistent blocks of 384 threads in clusters of one or two, a block a multiprocessor: one warp that feeds and
@@ -276,18 +320,14 @@ __global__ void __launch_bounds__(PRODUCT_THREADS, 1)
     typedef product_shared<E, COLUMNS, Epilogue::STAGING> S;
     S *s = (S *)(shared + (-shared_address(shared) & 1023));
     int group = threadIdx.x / PRODUCT_GROUP, rank = work.cluster > 1 ? (int)cluster_rank() : 0;
-    if (threadIdx.x == 0) {
+    if (threadIdx.x == 0)
         for (int i = 0; i < 2; i++)
             expect_map(&maps.a[i]), expect_map(&maps.b[i]);
-        for (int stage = 0; stage < S::STAGES; stage++) {
-            barrier_init(&s->full[stage], 1);
-            barrier_init(&s->empty[stage], 2 * work.cluster);
-        }
-        barrier_init_done();
-    }
-    cluster_sync();
-    start_next_kernel();
-    wait_for_kernel_before();
+    product_set_up(s, work.cluster);
+    if (work.early == 0)
+        start_next_kernel();
+    if (work.ready == 0)
+        wait_for_kernel_before();
     if (group == 2) {
         give_registers<40>();
         if (threadIdx.x == 2 * PRODUCT_GROUP)
@@ -346,12 +386,38 @@ static inline double product_clocks(const product_work &work, int columns) {
 // The cheapest number of parts, each at least four blocks deep.
 static inline product_work product_plan(int64_t rows, int64_t columns, int64_t depth, int tile_columns,
                                         int max_splits) {
-    product_work best = {(int)rows, (int)columns, (int)depth, INT_MAX, false, 1, rows > PRODUCT_ROWS ? 2 : 1, 8, 0};
+    product_work best = {(int)rows, (int)columns, (int)depth, INT_MAX, false, 1, rows > PRODUCT_ROWS ? 2 : 1, 8, 0, 0,
+                         0};
     int limit = min(max_splits, product_depth_blocks(best) / 4);
     for (product_work work = best; work.splits <= limit; work.splits++)
         if (product_clocks(work, tile_columns) < product_clocks(best, tile_columns))
             best = work;
     return best;
+}
+
+// Lets the next kernel start when all bands but the last one are stored: the rows of C that are then complete, or 0.
+static inline int product_early(product_work *work, int tile_columns) {
+    int rows = (product_tiles_down(*work) - 1) / work->band * work->band;
+    work->early = rows * product_tiles_across(*work, tile_columns);
+    return rows * work->cluster * PRODUCT_ROWS;
+}
+
+// Blocks of a product in clusters, with all of a multiprocessor's shared memory.
+template <typename... Parameters, typename... Arguments>
+static inline fmoe_status product_start(const char *name, void (*kernel)(Parameters...), int clusters, int cluster,
+                                        bool overlap, cudaStream_t stream, const Arguments &...arguments) {
+    TRY(cuda_call(name, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, PRODUCT_SHARED)));
+    cudaLaunchAttribute attributes[2] = {};
+    attributes[0].id = cudaLaunchAttributeClusterDimension;
+    attributes[0].val.clusterDim.x = cluster, attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
+    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[1].val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = clusters * cluster;
+    config.blockDim = PRODUCT_THREADS, config.dynamicSmemBytes = PRODUCT_SHARED, config.stream = stream;
+    config.attrs = attributes, config.numAttrs = overlap ? 2 : 1;
+    cudaLaunchKernelEx(&config, kernel, arguments...);
+    return launched(name);
 }
 
 // Rows, columns and depth were checked to be positive ints, and splits to be no more than the blocks of the depth.
@@ -361,19 +427,9 @@ static inline fmoe_status product_launch(const char *name, const product_work &w
     void (*kernel)(product_work, product_maps, Epilogue) = product_kernel<E, COLUMNS, A_DOWN, B_DOWN, Epilogue>;
     int tiles = product_tiles_down(work) * product_tiles_across(work, COLUMNS) * work.splits;
     int blocks = work.blocks > 0 ? work.blocks : multiprocessors(), clusters = max(blocks / work.cluster, 1);
-    clusters = (int)ceil_div(tiles, ceil_div(tiles, clusters)); // in as many rounds, all of them full
-    TRY(cuda_call(name, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, PRODUCT_SHARED)));
-    cudaLaunchAttribute attributes[2] = {};
-    attributes[0].id = cudaLaunchAttributeClusterDimension;
-    attributes[0].val.clusterDim.x = work.cluster, attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
-    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[1].val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = min(clusters, tiles) * work.cluster;
-    config.blockDim = PRODUCT_THREADS, config.dynamicSmemBytes = PRODUCT_SHARED, config.stream = stream;
-    config.attrs = attributes, config.numAttrs = overlap ? 2 : 1;
-    cudaLaunchKernelEx(&config, kernel, work, maps, epilogue);
-    return launched(name);
+    if (work.early == 0) // otherwise blocks that are done early make room for the next kernel's
+        clusters = (int)ceil_div(tiles, ceil_div(tiles, clusters)); // in as many rounds, all of them full
+    return product_start(name, kernel, min(clusters, tiles), work.cluster, overlap, stream, work, maps, epilogue);
 }
 
 #include "product_ends.cuh"

@@ -242,6 +242,12 @@ __device__ inline void shared_stores_done() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+// After store_box_wait, before another kernel's copies may read what was stored.
+__device__ inline void stores_seen_by_copies() {
+    asm volatile("fence.proxy.async.global;" ::: "memory");
+    __threadfence();
+}
+
 // A multiple of 16 bytes, both ends aligned to 16.
 __device__ inline void copy_bulk(void *shared, const void *global, int bytes, uint64_t *barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(

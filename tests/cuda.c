@@ -169,28 +169,35 @@ static fmoe_status sleep_run(const void *args, void *workspace, size_t bytes, vo
     return queue_sleep(calls++ % 5 ? SLEEP_US : 5 * SLEEP_US, stream);
 }
 
-static fmoe_timing time_of(fmoe_rung_fn *run) {
+static void time_both(fmoe_rung_fn *run, fmoe_rung_fn *other_run, fmoe_timing *timings) {
     fmoe_problem p FREED(fmoe_problem_free) = new_problem(&copy_step, fresh_seed(), "T%d-f32", ELEMENTS);
-    fmoe_rung rung = {.name = "timed", .backend = BACKEND_CUDA, .run = run};
-    fmoe_timing timing = {0};
+    fmoe_rung rung = {.name = "timed", .backend = BACKEND_CUDA, .run = run}, other = rung;
+    other.run = other_run;
     calls = 0;
-    fmoe_status status = fmoe_device_time(&rung, &p, &timing);
+    fmoe_status status = fmoe_device_time_in_turns(&rung, other_run ? &other : NULL, &p, timings);
     expect(status == FMOE_OK, "%s", fmoe_error_message());
-    return timing;
+}
+
+static void expect_slept(const fmoe_timing *slept, const fmoe_timing *nothing) {
+    double ms = SLEEP_US * 1e-3, flush_ms = (double)CUDA_FLUSH_BYTES / peak_memory_gbs() * 1e-6;
+    expect(slept->runs >= 50, "%d runs", slept->runs);
+    expect(slept->median_ms >= ms && slept->median_ms < 1.5 * ms, "%g ms waited are timed as %g", ms, slept->median_ms);
+    expect(slept->max_ms >= 5 * ms && slept->min_ms >= ms, "the slowest is %g ms, the fastest %g", slept->max_ms,
+           slept->min_ms);
+    expect(nothing->median_ms < flush_ms / 2, "nothing takes %g ms", nothing->median_ms);
 }
 
 CUDA_SENTENCE(0, 24,
               "A GPU timing is the median of what lies between two events: the call, and not what flushes the L2.",
               "a call returns before the device is done, and the flush takes longer than most kernels",
               "calls that keep the stream waiting for known times") {
-    fmoe_timing slept = time_of(sleep_run), nothing = time_of(idle_run);
-    double ms = SLEEP_US * 1e-3;
-    expect(slept.runs >= 50, "%d runs", slept.runs);
-    expect(slept.median_ms >= ms && slept.median_ms < 1.5 * ms, "%g ms waited are timed as %g", ms, slept.median_ms);
-    expect(slept.max_ms >= 5 * ms && slept.min_ms >= ms, "the slowest is %g ms, the fastest %g", slept.max_ms,
-           slept.min_ms);
-    double flush_ms = (double)CUDA_FLUSH_BYTES / peak_memory_gbs() * 1e-6;
-    expect(nothing.median_ms < flush_ms / 2, "nothing takes %g ms", nothing.median_ms);
+    fmoe_timing timings[2], turns[2];
+    time_both(sleep_run, NULL, &timings[0]);
+    time_both(idle_run, NULL, &timings[1]);
+    expect_slept(&timings[0], &timings[1]);
+    time_both(sleep_run, idle_run, turns);
+    expect_slept(&turns[0], &turns[1]);
+    expect(turns[0].runs == turns[1].runs, "%d and %d runs in turns", turns[0].runs, turns[1].runs);
 }
 
 /* ---- Ceilings ---------------------------------------------------------------------------------------------------- */

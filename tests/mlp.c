@@ -597,6 +597,8 @@ static const char *gpu_multiples(const int64_t *size, uint64_t seed) {
 CUDA_SENTENCE(6, 20, "Where rows are multiples of 16 bytes, tensor cores compute the MLP of any number of tokens.",
               "the copy engine wants such rows, and fills up what lies outside with zeros", "fmoe_mlp") {
     for_random_sizes("T d/8 I/8 dtype", gpu_multiples, 40, (int64_t[]){1, 1, 1, 1}, (int64_t[]){300, 40, 60, 2});
+    /* Several bands of tiles: the second product begins when all but the last are there. */
+    for_sizes("T d I dtype", gpu_matches, SIZES({2200, 72, 520, 1}, {4300, 256, 4224, 2}));
 }
 
 static const char *gpu_repeats(const int64_t *size, uint64_t seed) {

@@ -59,6 +59,7 @@ static wgmma_plan wgmma_plan_of(const fmoe_mlp_args *args, int blocks, void *wor
     plan.hidden = cheaper(hidden, hidden);
     plan.output = cheaper(product_plan(T, d, I, 256, MOST_PARTS), product_plan(T, d, I, 128, MOST_PARTS));
     plan.hidden.work.blocks = plan.output.work.blocks = blocks;
+    plan.output.work.ready = product_early(&plan.hidden.work, plan.hidden.narrow ? 128 : 256);
     size_t parts = plan.output.work.splits > 1 ? (size_t)plan.output.work.splits : 0;
     plan.h = carve(workspace, used, (size_t)(T * I) * 2);
     plan.parts = (float *)carve(workspace, used, parts * (size_t)(T * d) * sizeof(float));
