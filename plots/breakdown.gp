@@ -1,4 +1,5 @@
-# Chapter 8: where the layer's time goes, a bar a case, a colour a step.
+# Chapter 8: where the layer's time goes, a bar a case, a colour a step. Cases timed on a GPU say so where the CPU's are
+# beside them.
 #
 #   gnuplot -e "csv='build/results/chapter8.csv'; svg='breakdown.svg'" plots/breakdown.gp
 #
@@ -10,18 +11,20 @@ set encoding utf8
 
 # A line a case: its name, the four shares in percent, their sum in milliseconds.
 shares = sprintf("< awk -F, '$2 == \"layer_step\" { \
-        if (!($3 in total)) name[++count] = $3; \
-        time[$3, $4] = $8; total[$3] += $8 \
+        key = $3 ($6 == \"cuda\" ? \",GPU\" : \"\"); \
+        if (!(key in total)) name[++count] = key; \
+        time[key, $4] = $8; total[key] += $8; backends[$6] \
     } \
     END { \
         split(\"router topk expert mlp\", step, \" \"); \
         for (i = 1; i <= count; i++) { \
-            printf \"%%s\", name[i]; \
+            label = name[i]; if (length(backends) == 1) sub(/,GPU/, \"\", label); \
+            printf \"%%s\", label; \
             for (s = 1; s <= 4; s++) printf \" %%g\", 100 * time[name[i], step[s]] / total[name[i]]; \
             printf \" %%g\\n\", total[name[i]] \
         } \
     }' '%s'", csv)
-cases = int(system(sprintf("awk -F, '$2 == \"layer_step\" && !seen[$3]++ { count++ } END { print count + 0 }' '%s'", csv)))
+cases = int(system(sprintf("awk -F, '$2 == \"layer_step\" && !seen[$3, $6]++ { count++ } END { print count + 0 }' '%s'", csv)))
 if (cases == 0) {
     print 'no layer_step rows in '.csv
     exit

@@ -136,6 +136,11 @@ double peak_fma_gflops(void);
 #pragma weak fmoe_cuda_expert_backward_workspace
 #pragma weak fmoe_cuda_mlp_backward
 #pragma weak fmoe_cuda_mlp_backward_workspace
+#pragma weak fmoe_cuda_layer_keep
+#pragma weak fmoe_cuda_layer_forward_keeping
+#pragma weak fmoe_cuda_layer_forward_keeping_workspace
+#pragma weak fmoe_cuda_layer_backward
+#pragma weak fmoe_cuda_layer_backward_workspace
 #endif
 
 #endif

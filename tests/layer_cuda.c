@@ -1,10 +1,13 @@
 /* Chapter 8 on the GPU: the whole layer against the reference and the golden files, up its ladder. */
+#include "../chapters/8-layer/golden_rungs.h"
 #include "cuda_values.h"
 
+#include <fcntl.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #define PROBLEM FREED(fmoe_problem_free)
 
@@ -85,12 +88,13 @@ CUDA_SENTENCE(8, 38,
     for_sizes("T d I N K dtype mode", gpu_agrees,
               SIZES({0, 3, 2, 9, 2, 0, 0}, {0, 64, 64, 64, 8, 2, 3}, {1, 1, 1, 1, 1, 0, 0}, {1, 72, 104, 170, 6, 2, 0},
                     {1, 1024, 512, 16384, 64, 2, 0}, {2, 40, 33, 50, 6, 0, 2}, {2, 40, 33, 50, 6, 1, 1},
-                    {3, 7, 5, 12, 9, 0, 2}, {16, 1032, 72, 1024, 64, 2, 2}, {17, 136, 64, 300, 20, 2, 0},
-                    {5, 2056, 16, 100, 7, 1, 0}, {64, 256, 264, 1024, 16, 2, 0}, {64, 24, 9, 64, 8, 0, 3},
-                    {65, 256, 264, 1024, 16, 2, 0}, {65, 24, 9, 64, 8, 2, 1}, {9, 264, 40, 16900, 30, 2, 0},
-                    {9, 264, 40, 1024, 65, 2, 2}, {130, 200, 136, 2000, 33, 1, 1}, {131, 16, 33, 36, 20, 1, 3},
-                    {257, 72, 520, 1000, 9, 2, 3}, {300, 1024, 512, 16384, 64, 2, 0}, {520, 257, 131, 400, 5, 0, 1},
-                    {700, 128, 264, 40, 3, 2, 1}));
+                    {23, 1032, 72, 16384, 64, 1, 2}, {63, 520, 40, 1024, 30, 0, 0}, {1500, 72, 136, 400, 6, 2, 1},
+                    {4097, 136, 72, 100, 3, 1, 2}, {3, 7, 5, 12, 9, 0, 2}, {16, 1032, 72, 1024, 64, 2, 2},
+                    {17, 136, 64, 300, 20, 2, 0}, {5, 2056, 16, 100, 7, 1, 0}, {64, 256, 264, 1024, 16, 2, 0},
+                    {64, 24, 9, 64, 8, 0, 3}, {65, 256, 264, 1024, 16, 2, 0}, {65, 24, 9, 64, 8, 2, 1},
+                    {9, 264, 40, 16900, 30, 2, 0}, {9, 264, 40, 1024, 65, 2, 2}, {130, 200, 136, 2000, 33, 1, 1},
+                    {131, 16, 33, 36, 20, 1, 3}, {257, 72, 520, 1000, 9, 2, 3}, {300, 1024, 512, 16384, 64, 2, 0},
+                    {520, 257, 131, 400, 5, 0, 1}, {700, 128, 264, 40, 3, 2, 1}));
     for_random_sizes("T d I N K dtype mode", gpu_agrees, 30, (int64_t[]){1, 1, 1, 1, 1, 0, 0},
                      (int64_t[]){150, 60, 60, 400, 20, 2, 3});
 }
@@ -113,8 +117,9 @@ CUDA_SENTENCE(8, 40,
               "branches that run side by side must not meet before both are done",
               "three runs; a graph replayed with new data; two layers that start together") {
     static const char *const cases[] = {
-        "T1-d1024-I512-N1024-K64-normal-bf16", "T33-d264-I136-N1024-K16-normal-f16-norm",
-        "T300-d512-I1024-N1024-K32-normal-bf16", "T300-d256-I264-N1024-K32-normal-bf16-train",
+        "T1-d1024-I512-N1024-K64-normal-bf16",       "T33-d264-I136-N1024-K16-normal-f16-norm",
+        "T20-d264-I40-N300-K9-normal-f32",           "T1500-d136-I264-N1024-K16-normal-bf16",
+        "T300-d512-I1024-N1024-K32-normal-bf16",     "T300-d256-I264-N1024-K32-normal-bf16-train",
         "T130-d41-I33-N100-K7-normal-f32-train-norm"};
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         const char *wrong = rungs_repeat(&fmoe_step_layer, all_rungs(), fresh_seed(), "%s", cases[i]);
@@ -318,6 +323,70 @@ CUDA_SENTENCE(8, 42, "On the GPU logits, choice, scores, y and running buffers a
         }
 }
 
+/* The file at `to`, with the first value of a tensor changed by something that is no rounding. */
+static fmoe_status spoil(const char *from, const char *name, const char *to) {
+    static const char *const keys[] = {"training", "norm_topk_prob", "num_experts_per_tok"};
+    fmoe_tensor tensors[32];
+    fmoe_metadata metadata[3];
+    char *values = NULL;
+    fmoe_file *file;
+    fmoe_status status = fmoe_file_open(from, &file);
+    if (status != FMOE_OK)
+        return status;
+    int64_t count = fmoe_file_count(file);
+    cr_assert(count <= 32);
+    for (int i = 0; i < 3; i++)
+        metadata[i] = (fmoe_metadata){keys[i], fmoe_file_metadata(file, keys[i])};
+    for (int64_t i = 0; i < count; i++) {
+        tensors[i] = *fmoe_file_tensor(file, i);
+        if (strcmp(tensors[i].name, name) != 0)
+            continue;
+        size_t bytes = (size_t)tensors[i].count * fmoe_dtype_size(tensors[i].dtype);
+        tensors[i].data = values = memcpy(poisoned((int64_t)bytes, 1), tensors[i].data, bytes);
+        if (tensors[i].dtype == FMOE_I32)
+            memcpy(values, values + 4, 4); /* the same expert twice */
+        else
+            *(float *)(void *)values += 100; /* results are float32 */
+    }
+    status = fmoe_file_write(to, count, tensors, 3, metadata);
+    free(values);
+    fmoe_file_close(file);
+    return status;
+}
+
+/* The program's exit status, and nothing of what it prints. */
+static int quiet_golden_rungs(const char *path) {
+    fflush(stdout);
+    int out = dup(1), nowhere = open("/dev/null", O_WRONLY);
+    dup2(nowhere, 1);
+    int status = golden_rungs(path);
+    fflush(stdout);
+    dup2(out, 1);
+    close(out);
+    close(nowhere);
+    return status;
+}
+
+CUDA_SENTENCE(8, 46,
+              "--golden FILE --backend cuda passes for every golden file, and for none of which a result is off.",
+              "a check that cannot fail checks nothing", "the files, and copies with one value spoilt") {
+    static const char *const spoilt[] = {
+        "y", "router_logits", "scores", "indices", "router_norm.running_mean.after", "router_norm.running_var.after"};
+    for (size_t f = 0; f < sizeof golden_files / sizeof golden_files[0]; f++)
+        expect(quiet_golden_rungs(golden_files[f]) == 0, "%s", golden_files[f]);
+    expect(quiet_golden_rungs("tests/golden/trained_logits_16384_layer0.safetensors") == 0, "router logits alone");
+    char path[] = "/tmp/flashmoe-golden-XXXXXX";
+    int descriptor = mkstemp(path);
+    cr_assert(descriptor >= 0);
+    close(descriptor);
+    for (size_t i = 0; i < sizeof spoilt / sizeof spoilt[0]; i++) {
+        fmoe_status status = spoil("tests/golden/small_bf16_train.safetensors", spoilt[i], path);
+        cr_assert(status == FMOE_OK, "%s", fmoe_error_message());
+        expect(quiet_golden_rungs(path) == 1, "%s spoilt: passed", spoilt[i]);
+    }
+    unlink(path);
+}
+
 /* ---- Steps in a row ---------------------------------------------------------------------------------------------- */
 
 /* The batches of a training run, and then one in evaluation, by rung and by the reference's norm. */
@@ -402,7 +471,8 @@ CUDA_SENTENCE(8, 44,
               "tokens share tiles, clusters and caches", "the batch without it, bit by bit") {
     for_sizes("T d I N K dtype kind", broken_token,
               SIZES({1, 72, 104, 170, 6, 2, 0}, {33, 136, 64, 1024, 16, 2, 0}, {33, 136, 64, 1024, 16, 2, 1},
-                    {130, 64, 72, 256, 9, 1, 0}, {9, 7, 5, 12, 4, 0, 1}, {257, 136, 264, 400, 12, 2, 1}));
+                    {130, 64, 72, 256, 9, 1, 0}, {9, 7, 5, 12, 4, 0, 1}, {257, 136, 264, 400, 12, 2, 1},
+                    {20, 72, 40, 300, 9, 0, 0}));
 }
 
 /* ---- Refusals ---------------------------------------------------------------------------------------------------- */

@@ -1,5 +1,5 @@
 /* A golden file as a problem of the layer's step: the inputs as they are stored, and as the expected results the
- * file's. The GPU's rungs then run on it like on any other. */
+ * file's. The GPU's rungs then run on it like on any other. A file of router logits alone is one of the top-k's. */
 #include "golden_rungs.h"
 
 #include "../../cuda/rungs.h"
@@ -130,6 +130,28 @@ static fmoe_status reference(fmoe_problem *p) {
     return expect_indices(p);
 }
 
+/* ---- Router logits alone ----------------------------------------------------------------------------------------- */
+
+static fmoe_status draw_logits(fmoe_problem *p) {
+    fmoe_topk_args *a = p->args;
+    const fmoe_tensor *t = fmoe_file_find(file, "router_logits");
+    const char *K = fmoe_file_metadata(file, "num_experts_per_tok");
+    if (t->rank != 3 || t->shape[0] != 2 || !K)
+        return fmoe_fail(FMOE_BAD_FILE, "router_logits not of shape [2, T, n], or no word on num_experts_per_tok");
+    *a = (fmoe_topk_args){.T = t->shape[1], .n = t->shape[2], .K = atoll(K), .dtype = t->dtype};
+    p->c.dtype = t->dtype;
+    fmoe_argument *logits =
+        fmoe_problem_add(p, "logits", offsetof(fmoe_topk_args, logits), a->dtype, ROLE_INPUT, 3, t->shape);
+    const int64_t chosen[] = {a->T, a->K};
+    if (!logits ||
+        !fmoe_problem_add(p, "indices", offsetof(fmoe_topk_args, indices), FMOE_I32, ROLE_OUTPUT, 2, chosen) ||
+        !fmoe_problem_add(p, "scores", offsetof(fmoe_topk_args, scores), FMOE_F32, ROLE_OUTPUT, 2, chosen) ||
+        !fmoe_problem_add(p, "weights", offsetof(fmoe_topk_args, weights), FMOE_F32, ROLE_OUTPUT, 2, chosen))
+        return FMOE_OUT_OF_MEMORY;
+    memcpy(logits->data, t->data, (size_t)t->count * fmoe_dtype_size(t->dtype));
+    return FMOE_OK;
+}
+
 /* ---- The rungs --------------------------------------------------------------------------------------------------- */
 
 static bool check_rung(const fmoe_rung *rung, fmoe_problem *p) {
@@ -145,18 +167,29 @@ static bool check_rung(const fmoe_rung *rung, fmoe_problem *p) {
     return ok;
 }
 
-static int check_all(fmoe_problem *p) {
-    const fmoe_layer_args *a = p->args;
+static int check_all(const fmoe_rung *rungs, fmoe_problem *p, const char *what) {
     bool passed = true;
-    printf("%s, T = %lld, hidden_size = %lld, num_experts = %lld, num_experts_per_tok = %lld, stored as %s, on %s\n\n",
-           a->training ? "training" : "evaluation", (long long)a->T, (long long)a->d, (long long)a->N, (long long)a->K,
-           fmoe_dtype_name(a->dtype), fmoe_device_get()->name);
-    printf("  %-14s %10s %10s  (y, at the rung's own choice; logits, scores, indices and running buffers are in it)\n",
-           "rung", "error", "limit");
-    for (const fmoe_rung *rung = cuda_layer_rungs; rung->run; rung++)
+    printf("\n  %-14s %10s %10s  (%s)\n", "rung", "error", "limit", what);
+    for (const fmoe_rung *rung = rungs; rung->run; rung++)
         passed &= check_rung(rung, p);
     printf("\n%s\n", passed ? "Every result is within its limit." : "A result is over its limit: see FAILED above.");
     return passed ? 0 : 1;
+}
+
+static int check_layer(fmoe_problem *p) {
+    const fmoe_layer_args *a = p->args;
+    printf("%s, T = %lld, hidden_size = %lld, num_experts = %lld, num_experts_per_tok = %lld, stored as %s, on %s\n",
+           a->training ? "training" : "evaluation", (long long)a->T, (long long)a->d, (long long)a->N, (long long)a->K,
+           fmoe_dtype_name(a->dtype), fmoe_device_get()->name);
+    return check_all(cuda_layer_rungs, p,
+                     "y, at the rung's own choice; logits, scores, indices and running buffers are in it");
+}
+
+static int check_topk(fmoe_problem *p) {
+    const fmoe_topk_args *a = p->args;
+    printf("router logits alone, T = %lld, n = %lld, num_experts_per_tok = %lld, stored as %s, on %s\n",
+           (long long)a->T, (long long)a->n, (long long)a->K, fmoe_dtype_name(a->dtype), fmoe_device_get()->name);
+    return check_all(cuda_topk_rungs, p, "scores and weights; the choice is in it, as a set");
 }
 
 int golden_rungs(const char *path) {
@@ -168,16 +201,18 @@ int golden_rungs(const char *path) {
         fprintf(stderr, "--backend cuda: %s\n", fmoe_device_get()->why_not);
         return 2;
     }
-    step = fmoe_step_layer;
-    step.draw = draw, step.reference = reference;
     fmoe_status status = fmoe_file_open(path, &opened);
     file = opened;
+    bool alone = status == FMOE_OK && !fmoe_file_find(file, "x") && fmoe_file_find(file, "router_logits");
+    step = alone ? fmoe_step_topk : fmoe_step_layer;
+    step.draw = alone ? draw_logits : draw;
+    step.reference = alone ? fmoe_step_topk.reference : reference;
     if (status == FMOE_OK)
         status = fmoe_problem_new(&step, &c, 1, &p);
     int result = 2;
     if (status == FMOE_OK) {
         printf("%s\n", path);
-        result = check_all(&p);
+        result = alone ? check_topk(&p) : check_layer(&p);
         fmoe_problem_free(&p);
     } else {
         fprintf(stderr, "%s: %s: %s\n", path, fmoe_status_name(status), fmoe_error_message());

@@ -1,133 +1,103 @@
 // Few tokens in evaluation: the routed branch in one kernel. A step that takes two microseconds is not worth a launch
-// of its own. A cluster of eight blocks has a token: its 64 warps share the gate's rows, every block then chooses the
-// experts for itself, every warp takes one of them, and the sums meet in the blocks' shared memory.
+// of its own. A cluster of eight blocks has a token or two: its 64 warps share the gate's rows, every block then
+// chooses the experts for itself, every warp takes one of a token, and the sums meet in the blocks' shared memory.
 #include "../topk/choice.cuh"
-#include "layer.cuh"
+#include "few.cuh"
 
 #include <cooperative_groups.h>
 
-#define BLOCKS  8 // a cluster
-#define WARPS   8
-#define THREADS (WARPS * WARP)
-#define LOADS   4 // of 16 bytes a lane and row
+#define BLOCKS 8 // a cluster
 
 // One instance of the top-k serves all sizes up to these: other ones take the steps one by one.
 typedef warp_shape<8, TOPK_PAIR_TOPK, FORM_BEST> shape;
 #define ROWS (2 * TOPK_PAIR_KEYS / (BLOCKS * WARPS)) // of the gate a warp
 static_assert(BLOCKS * WARPS >= TOPK_PAIR_TOPK && shape::keys >= TOPK_PAIR_KEYS, "a warp a pair");
 
-typedef struct {
-    topk_task choice;
-    int d;
-    const void *x, *gate, *down, *up;
-    const float *mean, *var;
-    float *logits, *routed;
-} few_task;
-
-template <typename E> struct cluster_shared {
-    static constexpr int EACH = pack16<E>::count, COLUMNS = LOADS * WARP * EACH;
-    shape::memory memory;
-    int32_t indices[TOPK_PAIR_TOPK];
-    float scores[TOPK_PAIR_TOPK], weights[TOPK_PAIR_TOPK];
-    alignas(16) float part[WARPS][COLUMNS], sum[COLUMNS]; // part[0] holds x̂ at first
+template <typename E, int TOKENS> struct cluster_shared {
+    shape::memory memory[TOKENS];
+    int32_t indices[TOKENS][TOPK_PAIR_TOPK];
+    float scores[TOKENS][TOPK_PAIR_TOPK], weights[TOKENS][TOPK_PAIR_TOPK];
+    alignas(16) float part[WARPS][few_columns<E>], sum[TOKENS][few_columns<E>]; // the first parts hold x̂ at first
 };
-
-template <typename E> __device__ inline uint4 read_part(const void *table, int64_t row, int d, int column) {
-    return column < d ? __ldg((const uint4 *)((const E *)table + row * d + column)) : make_uint4(0, 0, 0, 0);
-}
-
-template <typename E> __device__ inline pack16<E> as_pack(uint4 raw) {
-    return *(pack16<E> *)&raw;
-}
 
 // ---- Logits ----
 
-// [normalise]
-// In evaluation the mean is a float32, so x − mean loses nothing that counts.
-template <typename E> __device__ inline void normalise(const few_task &a, int t, int first, float *x_hat) {
-    for (int c = threadIdx.x; c < cluster_shared<E>::COLUMNS; c += THREADS) {
-        int column = first + c;
-        bool inside = column < a.d;
-        float x = inside ? to_f32(((const E *)a.x)[(int64_t)t * a.d + column]) - a.mean[column] : 0;
-        x_hat[c] = x * rsqrtf((inside ? a.var[column] : 1) + (float)FMOE_NORM_EPS);
-    }
-}
-// [/normalise]
-
 // [few-logits]
-// The warp's rows of the gate are asked for before x̂ is made, AT_ONCE rows at a time.
-template <typename E, int AT_ONCE>
-__device__ inline void dot_gate(const few_task &a, int t, int first_row, int rows, int lane, float *x_hat,
-                                float (&logit)[ROWS]) {
+// The warp's rows of the gate are asked for before x̂ is made.
+template <typename E, int TOKENS>
+__device__ inline void dot_gate(const few_task &a, int t, int first_row, int lane, float (*x_hat)[few_columns<E>],
+                                float (&logit)[TOKENS][ROWS]) {
     constexpr int EACH = pack16<E>::count;
-    for (int first = 0; first < a.d; first += cluster_shared<E>::COLUMNS)
+    for (int first = 0; first < a.d; first += few_columns<E>) {
+        uint4 raw[ROWS][LOADS];
 #pragma unroll
-        for (int r = 0; r < ROWS; r += AT_ONCE) {
-            uint4 raw[AT_ONCE][LOADS];
+        for (int r = 0; r < ROWS; r++)
 #pragma unroll
-            for (int j = 0; j < AT_ONCE; j++)
-#pragma unroll
-                for (int i = 0; i < LOADS; i++) {
-                    int row = first_row + (r + j) * BLOCKS * WARPS;
-                    raw[j][i] = read_part<E>(a.gate, row, row < rows ? a.d : 0, first + (i * WARP + lane) * EACH);
-                }
-            if (r == 0) {
-                __syncthreads();
-                normalise<E>(a, t, first, x_hat);
-                __syncthreads();
+            for (int i = 0; i < LOADS; i++) {
+                int row = first_row + r * BLOCKS * WARPS;
+                raw[r][i] = read_part<E>(a.gate, row, row < 2 * a.choice.n ? a.d : 0, first + (i * WARP + lane) * EACH);
             }
+        __syncthreads();
+        normalise<E, TOKENS>(a, t, first, x_hat);
+        __syncthreads();
 #pragma unroll
-            for (int i = 0; i < LOADS; i++)
+        for (int i = 0; i < LOADS; i++)
 #pragma unroll
-                for (int e = 0; e < EACH; e += 4) {
-                    float4 four = *(const float4 *)(x_hat + (i * WARP + lane) * EACH + e);
+            for (int e = 0; e < EACH; e += 4)
 #pragma unroll
-                    for (int j = 0; j < AT_ONCE; j++) {
-                        pack16<E> pack = as_pack<E>(raw[j][i]);
-                        logit[r + j] = fmaf(four.x, to_f32(pack.at[e]), logit[r + j]);
-                        logit[r + j] = fmaf(four.y, to_f32(pack.at[e + 1]), logit[r + j]);
-                        logit[r + j] = fmaf(four.z, to_f32(pack.at[e + 2]), logit[r + j]);
-                        logit[r + j] = fmaf(four.w, to_f32(pack.at[e + 3]), logit[r + j]);
+                for (int token = 0; token < TOKENS; token++) {
+                    float4 four = *(const float4 *)&x_hat[token][(i * WARP + lane) * EACH + e];
+#pragma unroll
+                    for (int r = 0; r < ROWS; r++) {
+                        pack16<E> pack = as_pack<E>(raw[r][i]);
+                        float &sum = logit[token][r];
+                        sum = fmaf(four.x, to_f32(pack.at[e]), sum);
+                        sum = fmaf(four.y, to_f32(pack.at[e + 1]), sum);
+                        sum = fmaf(four.z, to_f32(pack.at[e + 2]), sum);
+                        sum = fmaf(four.w, to_f32(pack.at[e + 3]), sum);
                     }
                 }
-        }
+    }
 }
 // [/few-logits]
 
 // Every block gets all logits, where its top-k expects them. (The cluster's type has no name before sm_90.)
-template <typename E, int AT_ONCE, typename Cluster>
+template <typename E, int TOKENS, typename Cluster>
 __device__ inline void find_logits(const few_task &a, const Cluster &cluster, int t, int block, int warp, int lane,
-                                   cluster_shared<E> &s) {
+                                   cluster_shared<E, TOKENS> &s) {
     int n = a.choice.n, first_row = warp * BLOCKS + block;
-    float logit[ROWS] = {};
-    for (int i = threadIdx.x; i < 2 * shape::keys; i += THREADS)
+    float logit[TOKENS][ROWS] = {};
+    for (int i = threadIdx.x; i < TOKENS * 2 * shape::keys; i += THREADS)
         if (i % shape::keys >= n)
-            s.memory.value[i / shape::keys][i % shape::keys] = -INFINITY;
-    dot_gate<E, AT_ONCE>(a, t, first_row, 2 * n, lane, s.part[0], logit);
+            s.memory[i / (2 * shape::keys)].value[i / shape::keys % 2][i % shape::keys] = -INFINITY;
+    dot_gate<E>(a, t, first_row, lane, s.part, logit);
 #pragma unroll
-    for (int r = 0; r < ROWS; r++) {
-        int row = first_row + r * BLOCKS * WARPS, side = row >= n, key = row - side * n;
-        float z = warp_sum(logit[r]);
-        if (row < 2 * n && lane < BLOCKS)
-            *cluster.map_shared_rank(&s.memory.value[side][key], lane) = z + 0.0f; // −0 becomes +0
-        if (row < 2 * n && lane == 0)
-            a.logits[((int64_t)side * a.choice.T + t) * n + key] = z;
-    }
+    for (int i = 0; i < TOKENS; i++)
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) {
+            int row = first_row + r * BLOCKS * WARPS, side = row >= n, key = row - side * n;
+            float z = warp_sum(logit[i][r]);
+            if (row < 2 * n && lane < BLOCKS)
+                *cluster.map_shared_rank(&s.memory[i].value[side][key], lane) = z + 0.0f; // −0 becomes +0
+            if (row < 2 * n && lane == 0 && t + i < a.choice.T)
+                a.logits[((int64_t)side * a.choice.T + t + i) * n + key] = z;
+        }
 }
 
 // ---- The choice ----
 
 // [choose]
-// By one warp, to shared memory: all that the kernel of chapter 3 does between its loads and its stores.
-template <typename E> __device__ inline void choose_experts(topk_task a, int t, int lane, cluster_shared<E> &s) {
+// Token t + i by one warp, to shared memory: all that the kernel of chapter 3 does between its loads and its stores.
+template <typename E, int TOKENS>
+__device__ inline void choose_experts(topk_task a, int t, int i, int lane, cluster_shared<E, TOKENS> &s) {
     constexpr int S = 8, P = shape::held / shape::lanes, R = shape::choice_network::registers;
     candidates<shape> list;
     uint32_t keys[R];
-    int64_t first = (int64_t)t * a.K; // where finish stores
+    int64_t first = (int64_t)(t + i) * a.K; // where finish stores
     list.list(lane);
-    a.indices = s.indices - first, a.scores = s.scores - first, a.weights = s.weights - first;
-    float log_sum = choose<shape, S, FORM_BEST, P, R>(a, s.memory, list, lane, keys);
-    finish<shape, R>(a, t, s.memory, lane, log_sum, keys);
+    a.indices = s.indices[i] - first, a.scores = s.scores[i] - first, a.weights = s.weights[i] - first;
+    float log_sum = choose<shape, S, FORM_BEST, P, R>(a, s.memory[i], list, lane, keys);
+    finish<shape, R>(a, t + i, s.memory[i], lane, log_sum, keys);
 }
 // [/choose]
 
@@ -142,7 +112,7 @@ __device__ inline float activate(const few_task &a, int t, int expert, float wei
 #pragma unroll
     for (int i = 0; i < LOADS; i++)
         up[i] = read_part<E>(a.up, expert, a.d, (i * WARP + lane) * EACH);
-    for (int first = 0; first < a.d; first += cluster_shared<E>::COLUMNS) {
+    for (int first = 0; first < a.d; first += few_columns<E>) {
         uint4 x[LOADS], down[LOADS];
 #pragma unroll
         for (int i = 0; i < LOADS; i++) {
@@ -160,9 +130,10 @@ __device__ inline float activate(const few_task &a, int t, int expert, float wei
 }
 // [/pair]
 
-// Up to COLUMNS columns of the block's sum, of which the warps' parts are added in their order.
-template <typename E>
-__device__ inline void add_warps(cluster_shared<E> &s, float activation, const uint4 (&up)[LOADS], int warp, int lane) {
+// Some columns of the block's sum for a token, of which the warps' parts are added in their order.
+template <typename E, int TOKENS>
+__device__ inline void add_warps(cluster_shared<E, TOKENS> &s, int token, float activation, const uint4 (&up)[LOADS],
+                                 int warp, int lane) {
     constexpr int EACH = pack16<E>::count;
 #pragma unroll
     for (int i = 0; i < LOADS; i++)
@@ -174,55 +145,65 @@ __device__ inline void add_warps(cluster_shared<E> &s, float activation, const u
             *(float4 *)&s.part[warp][(i * WARP + lane) * EACH + e] = four;
         }
     __syncthreads();
-    for (int c = threadIdx.x * 4; c < cluster_shared<E>::COLUMNS; c += THREADS * 4) {
+    for (int c = threadIdx.x * 4; c < few_columns<E>; c += THREADS * 4) {
         float4 all = {0, 0, 0, 0};
         for (int w = 0; w < WARPS; w++) {
             float4 part = *(const float4 *)&s.part[w][c];
             all.x += part.x, all.y += part.y, all.z += part.z, all.w += part.w;
         }
-        *(float4 *)&s.sum[c] = all;
+        *(float4 *)&s.sum[token][c] = all;
     }
+    if (token + 1 < TOKENS)
+        __syncthreads(); // the parts are read before the next token's are written
 }
 
-// Launch: a cluster of 8 blocks of 8 warps a token. Shared memory: 40 KB (16-bit) or 22 KB: what the top-k needs, and
-// the warps' parts of the sum. Traffic: the gate once from memory and once a token from the L2; two rows a pair; the
-// token's logits and sum, float32, once.
+// Launch: a cluster of 8 blocks of 8 warps for one token or two. Shared memory: 40 KB for one, 48 KB for two, or 22 and
+// 28 KB in float32: what the top-k needs, the warps' parts of a sum, and the sums. Traffic: the gate once from memory
+// and once a cluster from the L2; two rows a pair; a token's logits and sum, float32, once.
 // [few]
-template <typename E, int AT_ONCE>
-__global__ void __launch_bounds__(THREADS, AT_ONCE == ROWS ? 2 : 4)
-    few_routed_kernel(const __grid_constant__ few_task a) {
+template <typename E, int TOKENS>
+__global__ void __launch_bounds__(THREADS, 2) few_routed_kernel(const __grid_constant__ few_task a) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    __shared__ cluster_shared<E> s;
+    __shared__ cluster_shared<E, TOKENS> s;
+    constexpr int EACH = pack16<E>::count, COLUMNS = few_columns<E>, OWN = COLUMNS / BLOCKS;
     auto cluster = cooperative_groups::this_cluster();
-    int t = blockIdx.x / BLOCKS, block = blockIdx.x % BLOCKS, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    int K = a.choice.K, k = warp * BLOCKS + block;
+    int t = blockIdx.x / BLOCKS * TOKENS, block = blockIdx.x % BLOCKS, warp = threadIdx.x / WARP;
+    int lane = threadIdx.x % WARP, K = a.choice.K, k = warp * BLOCKS + block, tokens = min(TOKENS, a.choice.T - t);
     cluster.sync(); // all blocks have begun: their shared memory is there
-    find_logits<E, AT_ONCE>(a, cluster, t, block, warp, lane, s);
+    find_logits(a, cluster, t, block, warp, lane, s);
     cluster.sync();
-    if (warp == 0)
-        choose_experts<E>(a.choice, t, lane, s);
+    if (warp < TOKENS)
+        choose_experts(a.choice, t, warp, lane, s);
     __syncthreads();
-    if (block == 0 && threadIdx.x < K) {
-        int64_t to = (int64_t)t * K + threadIdx.x;
-        a.choice.indices[to] = s.indices[threadIdx.x];
+    for (int i = threadIdx.x; block == 0 && i < tokens * K; i += THREADS) {
+        int64_t to = (int64_t)t * K + i;
+        a.choice.indices[to] = s.indices[i / K][i % K];
         if (a.choice.scores)
-            a.choice.scores[to] = s.scores[threadIdx.x];
+            a.choice.scores[to] = s.scores[i / K][i % K];
     }
-    uint4 up[LOADS] = {};
-    int expert = k < K ? s.indices[k] : 0;
-    float activation = k < K ? activate<E>(a, t, expert, s.weights[k], lane, up) : 0;
-    for (int first = 0; first < a.d; first += cluster_shared<E>::COLUMNS) {
-        if (first > 0 && k < K)
-            for (int i = 0; i < LOADS; i++)
-                up[i] = read_part<E>(a.up, expert, a.d, first + (i * WARP + lane) * pack16<E>::count);
-        add_warps<E>(s, activation, up, warp, lane);
+    uint4 up[TOKENS][LOADS] = {};
+    float activation[TOKENS] = {};
+#pragma unroll
+    for (int i = 0; i < TOKENS; i++)
+        if (k < K && i < tokens)
+            activation[i] = activate<E>(a, t + i, s.indices[i][k], s.weights[i][k], lane, up[i]);
+    for (int first = 0; first < a.d; first += COLUMNS) {
+#pragma unroll
+        for (int i = 0; i < TOKENS; i++) {
+            if (first > 0 && k < K && i < tokens)
+#pragma unroll
+                for (int j = 0; j < LOADS; j++)
+                    up[i][j] = read_part<E>(a.up, s.indices[i][k], a.d, first + (j * WARP + lane) * EACH);
+            add_warps(s, i, activation[i], up[i], warp, lane);
+        }
         cluster.sync();
-        int column = block * (cluster_shared<E>::COLUMNS / BLOCKS) + threadIdx.x;
-        if (threadIdx.x < cluster_shared<E>::COLUMNS / BLOCKS && first + column < a.d) {
+        for (int c = threadIdx.x; c < tokens * OWN; c += THREADS) {
+            int i = c / OWN, column = block * OWN + c % OWN;
             float all = 0;
             for (int b = 0; b < BLOCKS; b++)
-                all += *cluster.map_shared_rank(&s.sum[column], b);
-            a.routed[(int64_t)t * a.d + first + column] = all;
+                all += *cluster.map_shared_rank(&s.sum[i][column], b);
+            if (first + column < a.d)
+                a.routed[(int64_t)(t + i) * a.d + first + column] = all;
         }
         cluster.sync();
     }
@@ -230,15 +211,14 @@ __global__ void __launch_bounds__(THREADS, AT_ONCE == ROWS ? 2 : 4)
 }
 // [/few]
 
-template <typename E> static fmoe_status run(const few_task &a, cudaStream_t stream) {
+template <typename E, int TOKENS> static fmoe_status run(const few_task &a, cudaStream_t stream) {
     cudaLaunchAttribute clusters = {};
     clusters.id = cudaLaunchAttributeClusterDimension;
     clusters.val.clusterDim.x = BLOCKS, clusters.val.clusterDim.y = clusters.val.clusterDim.z = 1;
     cudaLaunchConfig_t config = {};
-    config.gridDim = (unsigned)a.choice.T * BLOCKS, config.blockDim = THREADS, config.stream = stream;
+    config.gridDim = (unsigned)ceil_div(a.choice.T, TOKENS) * BLOCKS, config.blockDim = THREADS, config.stream = stream;
     config.attrs = &clusters, config.numAttrs = 1;
-    cudaLaunchKernelEx(&config, a.choice.T <= FEW_AT_ONCE ? few_routed_kernel<E, ROWS> : few_routed_kernel<E, ROWS / 2>,
-                       a);
+    cudaLaunchKernelEx(&config, few_routed_kernel<E, TOKENS>, a);
     return launched("few_routed_kernel");
 }
 
@@ -248,10 +228,8 @@ bool few_fit(const fmoe_layer_args *args) {
            args->d * (int64_t)fmoe_dtype_size(args->dtype) % 16 == 0;
 }
 
+// Beside the MLP there is room for eight clusters at once.
 fmoe_status few_routed(const fmoe_layer_args *args, const layer_scratch &s, cudaStream_t stream) {
-    topk_task choice = {(int)args->T, (int)args->n, (int)args->K, args->norm_topk_prob, FMOE_F32, s.logits,
-                        s.indices,    args->scores, NULL};
-    few_task a = {choice,         (int)args->d,       args->x,           args->router_gate, args->down_embed,
-                  args->up_embed, args->running_mean, args->running_var, s.logits,          s.routed};
-    WITH_DTYPE(args->dtype, E, return run<E>(a, stream));
+    few_task a = few_task_of(args, s);
+    WITH_DTYPE(args->dtype, E, return args->T <= FEW_TOKENS / 2 ? run<E, 1>(a, stream) : run<E, 2>(a, stream));
 }

@@ -88,12 +88,22 @@ static fmoe_status find_logits(const fmoe_layer_args *a, const layer_scratch &s,
                             a->running_var, s.logits, NULL, s.router, s.router_bytes, stream);
 }
 
-static fmoe_status choose_experts(const fmoe_layer_args *a, const layer_scratch &s, cudaStream_t stream) {
-    TRY(find_logits(a, s, stream));
+static fmoe_status find_best(const fmoe_layer_args *a, const layer_scratch &s, cudaStream_t stream) {
     return fmoe_cuda_topk(a->T, a->n, a->K, a->norm_topk_prob, FMOE_F32, s.logits, s.indices, a->scores, s.weights,
                           s.topk, s.topk_bytes, stream);
 }
+
+static fmoe_status choose_experts(const fmoe_layer_args *a, const layer_scratch &s, cudaStream_t stream) {
+    TRY(find_logits(a, s, stream));
+    return find_best(a, s, stream);
+}
 // [/choose]
+
+// The same with the layer's own router.
+static fmoe_status choose_for_few(const fmoe_layer_args *a, const layer_scratch &s, cudaStream_t stream) {
+    TRY(few_logits(a, s, stream));
+    return find_best(a, s, stream);
+}
 
 static fmoe_status mlp(const fmoe_layer_args *a, const layer_scratch &s, mlp_join join, cudaStream_t stream) {
     fmoe_mlp_args args = {a->T, a->d, a->I, a->dtype, a->x, a->gate_proj, a->up_proj, a->down_proj, a->y};
@@ -105,7 +115,7 @@ static fmoe_status mlp(const fmoe_layer_args *a, const layer_scratch &s, mlp_joi
 static fmoe_status in_turn(const fmoe_layer_args *a, const layer_scratch &s, const fmoe_cuda_side *,
                            cudaStream_t stream) {
     TRY(choose_experts(a, s, stream));
-    TRY(routed_experts(a, s, stream));
+    TRY(routed_experts(a, s, false, 0, stream));
     return mlp(a, s, {s.routed, NULL, 0, NULL}, stream);
 }
 // [/in-turn]
@@ -135,7 +145,7 @@ static fmoe_status two_streams(const fmoe_layer_args *a, const layer_scratch &s,
                                cudaStream_t stream) {
     TRY(fork(side, stream));
     TRY(choose_experts(a, s, side->stream));
-    TRY(routed_experts(a, s, side->stream));
+    TRY(routed_experts(a, s, false, 0, side->stream));
     TRY(cuda_call("cudaEventRecord", cudaEventRecord(side->join, side->stream)));
     return mlp(a, s, {s.routed, side->join, 0, NULL}, stream);
 }
@@ -178,22 +188,23 @@ static int device_multiprocessors(void) {
 // Two kernels that fill a multiprocessor each do not run side by side by themselves. So the MLP's products, on a stream
 // of higher priority, get two thirds of the multiprocessors, and the routed branch what is left, and then whatever the
 // products leave. Neither branch waits for the other: both sums are float32, and a last kernel adds and rounds them.
-// A router that would need more than its third has all of them first. The event that the second product waits for has
-// long come: it keeps that product from being launched early, because its blocks would sit down on the third that is
-// left to the gathers.
+// A router that would need more than its third has all of them first.
+// With many tokens the second product is launched while the first one ends, so that its blocks sit down where those of
+// the first get up, before a gather does. With some hundreds its blocks would sit down too early, on the third that is
+// left to the gathers: an event that has long come makes it an ordinary launch, and the gathers keep to their third.
 #define ROUTER_TOKENS 64 // a pair of blocks of the router, which fill a multiprocessor each
 
 static fmoe_status divided(const fmoe_layer_args *a, const layer_scratch &s, const fmoe_cuda_side *side,
                            cudaStream_t stream) {
     int all = device_multiprocessors(), products = all * 2 / 3 & ~1; // their blocks come in pairs
-    bool router_first = 2 * ceil_div(a->T, ROUTER_TOKENS) > all - products;
-    if (router_first)
+    bool many = 2 * ceil_div(a->T, ROUTER_TOKENS) > all - products, early = many || a->T <= TILE_TOKENS;
+    if (many)
         TRY(choose_experts(a, s, stream));
     TRY(fork(side, stream));
-    if (!router_first)
-        TRY(choose_experts(a, s, stream));
-    TRY(mlp(a, s, {NULL, side->fork, products, s.shared}, side->stream));
-    TRY(routed_experts(a, s, stream));
+    if (!many)
+        TRY(few_logits_fit(a) ? choose_for_few(a, s, stream) : choose_experts(a, s, stream));
+    TRY(mlp(a, s, {NULL, early ? NULL : side->fork, products, s.shared}, side->stream));
+    TRY(routed_experts(a, s, many, early ? 0 : all - products, stream));
     TRY(join(side, stream));
     return add_branches(a, s, stream);
 }
@@ -304,7 +315,7 @@ static fmoe_status until_topk(const fmoe_layer_args *a, const layer_scratch &s, 
 static fmoe_status until_experts(const fmoe_layer_args *a, const layer_scratch &s, const fmoe_cuda_side *,
                                  cudaStream_t stream) {
     TRY(choose_experts(a, s, stream));
-    return routed_experts(a, s, stream);
+    return routed_experts(a, s, false, 0, stream);
 }
 
 extern "C" fmoe_status cuda_layer_until_router(const void *args, void *workspace, size_t bytes, void *stream) {

@@ -5,8 +5,8 @@
 #include "../ptx.cuh"
 #include "layer.h"
 
-#define FEW_TOKENS  32 // up to so many tokens' clusters find room at the same time,
-#define FEW_AT_ONCE 16 // and up to so many have registers for all of their rows at once
+#define FEW_TOKENS  16 // up to so many, a cluster of blocks a token or two,
+#define TILE_TOKENS 64 // and up to so many, a router of the layer's own
 
 // Where the layer's intermediate results and the steps' own workspaces lie. What the caller did not ask for is here
 // too.
@@ -27,12 +27,49 @@ fmoe_status layer_check(const fmoe_layer_args *args, const void *workspace, size
 
 // ---- Parts ----
 
-// The expert step of chapter 5 with the sum left in float32. routed.cu
-fmoe_status routed_experts(const fmoe_layer_args *args, const layer_scratch &s, cudaStream_t stream);
+// The expert step of chapter 5 with the sum left in float32. wide: in wider slices of the tables' columns, which are
+// better for a part of the multiprocessors. multiprocessors: how many the first phase keeps to; 0: all. routed.cu
+fmoe_status routed_experts(const fmoe_layer_args *args, const layer_scratch &s, bool wide, int multiprocessors,
+                           cudaStream_t stream);
 size_t routed_experts_bytes(const fmoe_layer_args *args);
 
-// The whole branch in one kernel, for few tokens in evaluation (sm_90 on). few.cu
+// The router for up to TILE_TOKENS tokens in evaluation, whose rows are multiples of 16 bytes. logits.cu
+bool few_logits_fit(const fmoe_layer_args *args);
+fmoe_status few_logits(const fmoe_layer_args *args, const layer_scratch &s, cudaStream_t stream);
+
+// The whole branch in one kernel, for up to FEW_TOKENS tokens in evaluation (sm_90 on). few.cu
 bool few_fit(const fmoe_layer_args *args);
 fmoe_status few_routed(const fmoe_layer_args *args, const layer_scratch &s, cudaStream_t stream);
+
+// ---- Beside the MLP ----
+
+// The MLP's kernels want most of a multiprocessor's memory as shared memory. How it is divided cannot change while a
+// block is there, so what is to find room beside them wants it divided so too. It pays for some tens of tokens; with
+// fewer the caches miss the memory more.
+static inline bool wants_room(int64_t T) {
+    return T > TILE_TOKENS / 2 && T <= TILE_TOKENS;
+}
+
+// overlap: as in launch_overlapping.
+template <typename... Parameters, typename... Arguments>
+static inline fmoe_status launch_beside(const char *name, bool beside, bool overlap, void (*kernel)(Parameters...),
+                                        unsigned blocks, unsigned threads, size_t shared, cudaStream_t stream,
+                                        Arguments... arguments) {
+    cudaLaunchAttribute attributes[2] = {};
+    int count = 0;
+    if (beside) {
+        attributes[count].id = cudaLaunchAttributePreferredSharedMemoryCarveout;
+        attributes[count++].val.sharedMemCarveout = cudaSharedmemCarveoutMaxShared;
+    }
+    if (overlap) {
+        attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+    }
+    cudaLaunchConfig_t config = {};
+    config.gridDim = blocks, config.blockDim = threads, config.dynamicSmemBytes = shared, config.stream = stream;
+    config.attrs = attributes, config.numAttrs = (unsigned)count;
+    cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
+    return launched(name);
+}
 
 #endif

@@ -10,10 +10,12 @@ graphs.
 """
 
 import ctypes
+import weakref
 
 import torch
 
 from .library import Dtype, Shapes, argument, call, load_library
+from .reference import MATRICES, _Config, _Outputs, _Weights, num_keys
 
 _cuda = load_library("flashmoe_cuda")
 _FLOATS = {torch.float32: Dtype.F32, torch.float16: Dtype.F16, torch.bfloat16: Dtype.BF16}
@@ -50,9 +52,10 @@ class _Tensors(Shapes):
         return self.new(*shape, dtype={kind: t for t, kind in _FLOATS.items()}[self.dtype])
 
 
-def _run(name, tensors, ask, sizes, arrays, check=False):
-    """Calls fmoe_cuda_<name>(sizes, arrays, workspace, its bytes, stream); ask: what tells the workspace's size."""
-    size_of = getattr(_cuda, f"fmoe_cuda_{name}_workspace")
+def _run(name, tensors, ask, sizes, arrays, check=False, step=None):
+    """Calls fmoe_cuda_<name>(sizes, arrays, workspace, its bytes, stream); ask: what tells the workspace's size, asked
+    of fmoe_cuda_<step>_workspace if the step has another name than the function."""
+    size_of = getattr(_cuda, f"fmoe_cuda_{step or name}_workspace")
     size_of.restype = ctypes.c_size_t
     with torch.cuda.device(tensors.device):
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
@@ -127,3 +130,37 @@ def expert(x, down, up, indices, weights, pre_activations=False, check=True):
     sizes = s["T"], s["d"], s["N"], s["K"], s.dtype
     _run("expert", s, sizes, sizes, (x, down, up, indices, weights, y, pre), check)
     return (y, pre) if pre_activations else y
+
+
+class Layer:
+    """The whole layer's forward pass. weights: the six matrices by name (flashmoe.MATRICES), all of one kind, and
+    running_mean and running_var, float32, which move in training. Keeps the tensors that it was given and works on them
+    where they lie. The routed branch runs beside the MLP, in a stream of the object's own."""
+
+    def __init__(self, weights, num_experts_per_tok, norm_topk_prob=False):
+        s = _Tensors()
+        shapes = ("2n", "d"), ("N", "d"), ("N", "d"), ("I", "d"), ("I", "d"), ("d", "I")
+        self._views = [s.stored(name, weights[name], *shape) for name, shape in zip(MATRICES, shapes)]
+        self._views += [s.floats(name, weights[name], "d") for name in ("running_mean", "running_var")]
+        self.n, self.d, self.K = num_keys(s["N"]), s["d"], num_experts_per_tok
+        self.dtype, self.device = s.dtype, s.device
+        s.stored("router_gate", weights["router_gate"], 2 * self.n, "d")
+        self._config = _Config(self.d, s["I"], s["N"], self.K, norm_topk_prob)
+        self._weights = _Weights(*(v.pointer for v in self._views))
+        self._side = ctypes.c_void_p()
+        with torch.cuda.device(self.device):
+            call("cuda_side_create", ctypes.byref(self._side), back_end=_cuda)
+        weakref.finalize(self, _cuda.fmoe_cuda_side_destroy, self._side)
+
+    def forward(self, x, training=False):
+        """y [T, d], stored like x, router_logits [2, T, n], scores and indices [T, K]."""
+        s = _Tensors(d=self.d)
+        s.device, s.dtype = self.device, self.dtype
+        x = s.stored("x", x, "T", "d")
+        T, K = s["T"], max(0, min(self.K, self.n**2))
+        results = s.like_stored(T, self.d), s.new(2, T, self.n), s.new(T, K), s.new(T, K, dtype=torch.int32)
+        config, weights = ctypes.byref(self._config), ctypes.byref(self._weights)
+        outputs = ctypes.byref(_Outputs(*(r.data_ptr() for r in results)))
+        sizes = training, T, self.dtype
+        _run("layer_forward", s, (config, *sizes), (config, weights, *sizes), (x, outputs, self._side), step="layer")
+        return results

@@ -117,6 +117,70 @@ def test_mlp():
             close(y, flashmoe.mlp(host(x), host(gate), host(up), host(down)), dtype)
 
 
+def layer_of(T, dtype, K=9, d=72, I=104, N=150):
+    n = flashmoe.num_keys(N)
+    shapes = (2 * n, d), (N, d), (N, d), (I, d), (I, d), (d, I)
+    weights = {name: normal(*s, dtype=dtype) / s[1] ** 0.5 for name, s in zip(flashmoe.MATRICES, shapes)}
+    weights |= {"running_mean": normal(d) / 8, "running_var": 1 + normal(d) ** 2}
+    return fast.Layer(weights, K, norm_topk_prob=True), weights, normal(T, d, dtype=dtype)
+
+
+def test_layer():
+    for dtype in KINDS:
+        for T in 1, 40, 300:
+            layer, weights, x = layer_of(T, dtype)
+            expected = {name: host(w).clone() for name, w in weights.items()}
+            reference = flashmoe.Layer(expected, 9, norm_topk_prob=True)
+            for training in (False, True) if T > 1 else (False,):
+                y, logits, scores, indices = layer.forward(x, training)
+                at_choice = reference.forward(host(x), training, chosen=host(indices))
+                own_choice = flashmoe.topk(at_choice[1], 9)[0]
+                assert y.dtype == dtype and flashmoe.compare_indices(at_choice[1], host(indices), own_choice) == -1
+                close(y, at_choice[0], dtype)
+                close(logits, at_choice[1])
+                close(scores, at_choice[2])
+            for name in "running_mean", "running_var":
+                close(weights[name], expected[name])
+    assert layer.forward(x[:0])[0].shape == (0, 72)
+    assert refused(Error, "tokens = 1", layer.forward, x[:1], training=True).status is Status.BATCH_OF_ONE
+    refused(TypeError, "x is f32", layer.forward, x.float())
+    refused(ValueError, "T = 300, d = 72", layer.forward, x[:, :64].contiguous())
+    refused(Error, "num_experts_per_tok = 145", fast.Layer(weights, 145).forward, x)
+
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    other, _, x2 = layer_of(40, torch.bfloat16)
+    alone = layer.forward(x)[0].clone(), other.forward(x2)[0].clone()
+    with torch.cuda.graph(graph):
+        y = layer.forward(x)[0]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # two layers at once, one of them replayed
+        y2 = other.forward(x2)[0]
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(y, alone[0]) and torch.equal(y2, alone[1])
+    x.copy_(normal(300, 72, dtype=x.dtype))
+    graph.replay()
+    assert torch.equal(y, layer.forward(x)[0])
+
+
+def test_golden_layers():
+    for path in sorted((Path(__file__).resolve().parents[1] / "golden").glob("*.safetensors")):
+        file = flashmoe.File(path)
+        if "x" not in file:
+            continue
+        dtype = torch.bfloat16 if "bf16" in path.name else torch.float32  # a File holds float32, which is exact
+        weights = {name: torch.from_numpy(file[name + ".weight"]).to("cuda", dtype) for name in flashmoe.MATRICES}
+        for name in "running_mean", "running_var":
+            weights[name] = torch.from_numpy(file[f"router_norm.{name}.before"]).cuda()
+        K, norm, training = (int(file.metadata[key]) for key in ("num_experts_per_tok", "norm_topk_prob", "training"))
+        layer = fast.Layer(weights, K, norm == 1)
+        x = torch.from_numpy(file["x"]).to("cuda", dtype).reshape(-1, layer.d)
+        y, logits, _, indices = layer.forward(x, training == 1)
+        close(logits, file["router_logits"])
+        assert flashmoe.compare_indices(file["router_logits"], host(indices), file["indices"]) == -1
+        close(y, file["y"].reshape(y.shape), dtype)
+
+
 def test_streams_and_graphs():
     logits = normal(2, 64, 32)
     side = torch.cuda.Stream()
