@@ -32,6 +32,21 @@ static void draw_running(uint64_t seed, int64_t d, float *mean, float *var) {
     }
 }
 
+fmoe_status fmoe_router_draw(const fmoe_case *c, uint64_t seed, void *x, void *gate, float *running_mean,
+                             float *running_var) {
+    int64_t tokens = c->T * c->d, keys = 2 * c->n * c->d;
+    float *values = malloc((size_t)(tokens > keys ? tokens : keys) * sizeof(float) + 1);
+    if (!values)
+        return FMOE_OUT_OF_MEMORY;
+    draw_x(seed, c->T, c->d, values);
+    fmoe_from_f32(c->dtype, tokens, values, x);
+    fmoe_fill_normal(seed, STREAM_GATE, 1 / sqrtf((float)c->d), keys, values);
+    fmoe_from_f32(c->dtype, keys, values, gate);
+    free(values);
+    draw_running(seed, c->d, running_mean, running_var);
+    return FMOE_OK;
+}
+
 static fmoe_status draw(fmoe_problem *p) {
     fmoe_router_args *args = p->args;
     const fmoe_case *c = &p->c;
@@ -53,20 +68,13 @@ static fmoe_status draw(fmoe_problem *p) {
         !fmoe_problem_add(p, "log_probs", offsetof(fmoe_router_args, log_probs), FMOE_F32, ROLE_OUTPUT, 3, sides))
         return FMOE_OUT_OF_MEMORY;
 
-    int64_t most = x->count > gate->count ? x->count : gate->count;
-    float *values = malloc((size_t)most * sizeof(float) + 1);
-    if (!values)
-        return FMOE_OUT_OF_MEMORY;
-    draw_x(p->seed, c->T, c->d, values);
-    fmoe_from_f32(c->dtype, x->count, values, x->data);
-    fmoe_fill_normal(p->seed, STREAM_GATE, 1 / sqrtf((float)c->d), gate->count, values);
-    fmoe_from_f32(c->dtype, gate->count, values, gate->data);
-    free(values);
-
     // ROLE_INOUT keeps the value before a run in pristine; data is restored from it.
-    draw_running(p->seed, c->d, mean->pristine, var->pristine);
-    draw_running(p->seed, c->d, mean->data, var->data);
-    return FMOE_OK;
+    fmoe_status status = fmoe_router_draw(c, p->seed, x->data, gate->data, mean->pristine, var->pristine);
+    if (status == FMOE_OK) {
+        memcpy(mean->data, mean->pristine, (size_t)c->d * sizeof(float));
+        memcpy(var->data, var->pristine, (size_t)c->d * sizeof(float));
+    }
+    return status;
 }
 
 static fmoe_status reference(fmoe_problem *p) {

@@ -94,6 +94,18 @@ typedef struct {
 
 /* Chapter 9. Weight gradients are dense, in the storage type, overwriting. */
 typedef struct {
+    int64_t T, d, n;
+    bool training;
+    fmoe_dtype dtype;
+    const void *x;                           /* [T, d] dtype */
+    const void *gate;                        /* [2n, d] dtype */
+    const float *running_mean, *running_var; /* [d]; in training not read */
+    const float *dlogits;                    /* [2, T, n] */
+    void *dx;                                /* [T, d] dtype */
+    void *dgate;                             /* [2n, d] dtype */
+} fmoe_router_backward_args;
+
+typedef struct {
     int64_t T, n, K;
     bool norm_topk_prob;
     fmoe_dtype dtype;
@@ -150,8 +162,12 @@ typedef struct {
 
 /* chapters/step_router.c, step_topk.c, ...: how to draw each step's problem, its reference and its floor. */
 extern const fmoe_step fmoe_step_router, fmoe_step_topk, fmoe_step_schedule, fmoe_step_expert, fmoe_step_mlp,
-    fmoe_step_layer, fmoe_step_topk_backward, fmoe_step_expert_backward, fmoe_step_mlp_backward,
-    fmoe_step_layer_backward;
+    fmoe_step_layer, fmoe_step_router_backward, fmoe_step_topk_backward, fmoe_step_expert_backward,
+    fmoe_step_mlp_backward, fmoe_step_layer_backward;
+
+/* The router step's inputs at a case, which its gradients are taken at: x and the gate as stored, the buffers [d]. */
+fmoe_status fmoe_router_draw(const fmoe_case *c, uint64_t seed, void *x, void *gate, float *running_mean,
+                             float *running_var);
 
 /* The most that the mlp step's reference computes in full; beyond it, a quarter of that, by leaving tokens out. */
 extern double fmoe_mlp_reference_operations;
@@ -159,7 +175,8 @@ extern double fmoe_mlp_reference_operations;
 /* The CPU ladders, in each chapter's cpu.c (chapter 9: a file a ladder), each ended by a rung whose run is NULL. */
 extern const fmoe_rung chapter1_rungs[], chapter2_rungs[], chapter3_rungs[], chapter4_rungs[], chapter5_rungs[],
     chapter6_rungs[], chapter7_rungs[], chapter8_rungs[];
-extern const fmoe_rung chapter9_topk_rungs[], chapter9_expert_rungs[], chapter9_mlp_rungs[], chapter9_layer_rungs[];
+extern const fmoe_rung chapter9_router_rungs[], chapter9_topk_rungs[], chapter9_expert_rungs[], chapter9_mlp_rungs[],
+    chapter9_layer_rungs[];
 
 /* Rungs that later chapters build on, by name. The expert ones take fmoe_expert_args, and so on. */
 fmoe_rung_fn cpu_router_best, cpu_topk_best, cpu_schedule_best, cpu_expert_token_best, cpu_expert_scheduled_best,

@@ -8,69 +8,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* ---- The router's gradients -------------------------------------------------------------------------------------- */
-
-/* No ladder has this step, so it stands here: dx and dgate from dlogits. The buffers are those before the pass. */
-typedef struct {
-    fmoe_router_args forward;
-    const float *dlogits; /* [2, T, n] */
-    void *dx;             /* [T, d] dtype */
-    void *dgate;          /* [2n, d] dtype */
-} router_backward_args;
-
-enum { STREAM_DLOGITS = 290 };
-
-static fmoe_status draw_router_backward(fmoe_problem *p) {
-    TRY(fmoe_step_router.draw(p));
-    const fmoe_router_args *a = p->args;
-    fmoe_argument *dlogits = fmoe_problem_add(p, "dlogits", offsetof(router_backward_args, dlogits), FMOE_F32,
-                                              ROLE_INPUT, 3, (int64_t[]){2, a->T, a->n});
-    if (!dlogits ||
-        !fmoe_problem_add(p, "dx", offsetof(router_backward_args, dx), a->dtype, ROLE_OUTPUT, 2,
-                          (int64_t[]){a->T, a->d}) ||
-        !fmoe_problem_add(p, "dgate", offsetof(router_backward_args, dgate), a->dtype, ROLE_OUTPUT, 2,
-                          (int64_t[]){2 * a->n, a->d}))
-        return FMOE_OUT_OF_MEMORY;
-    fmoe_fill_normal(p->seed, STREAM_DLOGITS, 1, dlogits->count, dlogits->data);
-    return FMOE_OK;
-}
-
-static fmoe_status router_gradients(fmoe_problem *p, const float *x, const float *gate, float *x_hat, float *dx_hat) {
-    const fmoe_router_args *a = p->args;
-    const fmoe_argument *mean = fmoe_problem_find(p, "running_mean"), *var = fmoe_problem_find(p, "running_var");
-    fmoe_argument *dx = fmoe_problem_find(p, "dx"), *dgate = fmoe_problem_find(p, "dgate");
-    const float *dlogits = fmoe_problem_find(p, "dlogits")->data;
-    memcpy(mean->data, mean->pristine, (size_t)a->d * sizeof(float));
-    memcpy(var->data, var->pristine, (size_t)a->d * sizeof(float));
-    TRY(fmoe_router_norm(a->training, a->T, a->d, x, mean->data, var->data, x_hat));
-    TRY(fmoe_router_logits_backward(a->T, a->d, a->n, x_hat, gate, dlogits, FMOE_OVERWRITE, dx_hat, dgate->expected));
-    dgate->natural_scale = sqrt((double)dgate->count * (double)a->T);
-    dx->natural_scale = sqrt((double)dx->count);
-    return fmoe_router_norm_backward(a->training, a->T, a->d, x, mean->pristine, var->pristine, dx_hat, dx->expected);
-}
-
-static fmoe_status reference_router_backward(fmoe_problem *p) {
-    TRY(fmoe_step_router.reference(p));
-    const fmoe_router_args *a = p->args;
-    float *x = fmoe_problem_f32(p, "x"), *gate = fmoe_problem_f32(p, "gate");
-    float *x_hat = fmoe_allocate(a->T * a->d, sizeof *x_hat), *dx_hat = fmoe_allocate(a->T * a->d, sizeof *dx_hat);
-    fmoe_status status = FMOE_OUT_OF_MEMORY;
-    if (x && gate && x_hat && dx_hat)
-        status = router_gradients(p, x, gate, x_hat, dx_hat);
-    free(x);
-    free(gate);
-    free(x_hat);
-    free(dx_hat);
-    return status;
-}
-
-static const fmoe_step router_backward = {
-    .op = "router_backward",
-    .args_size = sizeof(router_backward_args),
-    .draw = draw_router_backward,
-    .reference = reference_router_backward,
-};
-
 /* ---- Gradients at the same inputs -------------------------------------------------------------------------------- */
 
 /* The layer's step of chapter 9 has its forward results too, so that its gradients need no second problem. */
@@ -80,7 +17,7 @@ static const fmoe_step *whole_step(const fmoe_step *step) {
 
 static const fmoe_step *gradient_step(const fmoe_step *step) {
     if (step == &fmoe_step_router)
-        return &router_backward;
+        return &fmoe_step_router_backward;
     if (step == &fmoe_step_topk)
         return &fmoe_step_topk_backward;
     if (step == &fmoe_step_expert)

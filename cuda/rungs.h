@@ -23,7 +23,7 @@ fmoe_rung_fn cuda_not_built;
 /* Each ended by a rung whose run is NULL. */
 extern const fmoe_rung cuda_expert_token_rungs[], cuda_router_rungs[], cuda_topk_rungs[], cuda_schedule_rungs[],
     cuda_expert_scheduled_rungs[], cuda_mlp_rungs[], cuda_strategies_rungs[], cuda_layer_rungs[],
-    cuda_topk_backward_rungs[], cuda_expert_backward_rungs[], cuda_mlp_backward_rungs[];
+    cuda_router_backward_rungs[], cuda_topk_backward_rungs[], cuda_expert_backward_rungs[], cuda_mlp_backward_rungs[];
 
 #ifdef __cplusplus
 }

@@ -653,6 +653,20 @@ SENTENCE(9, 17, "Every rung of mlp_backward computes the four gradients.",
                     {30, 66, 35, 2}, {100, 3, 50, 0}));
 }
 
+static const char *router_rungs(const int64_t *size, uint64_t seed) {
+    if (size[4] && size[0] == 1)
+        return DOES_NOT_APPLY;
+    return rungs_agree(&fmoe_step_router_backward, chapter9_router_rungs, seed, "T%d-d%d-n%d-%s%s", (int)size[0],
+                       (int)size[1], (int)size[2], type_name(size[3]), size[4] ? "-train" : "");
+}
+
+SENTENCE(9, 47, "Every rung of router_backward computes the gradients of the gate and, through the norm, of x.",
+         "two products with the logits' two sides, and a norm that either moves or stands", "the reference") {
+    for_sizes("T d n type training", router_rungs,
+              SIZES({0, 7, 3, 0, 0}, {0, 7, 3, 0, 1}, {1, 72, 33, 0, 0}, {9, 5, 1, 2, 1}, {29, 72, 13, 0, 1},
+                    {65, 7, 13, 1, 1}, {29, 66, 13, 2, 0}, {130, 200, 2, 0, 1}, {300, 33, 40, 0, 0}));
+}
+
 static const char *layer_rungs(const int64_t *size, uint64_t seed) {
     int64_t T = size[0], N = size[3], K = size[4], n = fmoe_num_keys(N);
     bool training = size[6] & 1, norm = size[6] & 2;
@@ -673,6 +687,8 @@ SENTENCE(9, 18, "Every rung of layer_forward_backward computes y, the routing, t
 
 static const char *rungs_same_bits(const int64_t *size, uint64_t seed) {
     int64_t type = size[0];
+    CHECK(rungs_repeat(&fmoe_step_router_backward, chapter9_router_rungs, seed, "T133-d70-n13-%s-train",
+                       type_name(type)));
     CHECK(rungs_repeat(&fmoe_step_topk_backward, chapter9_topk_rungs, seed, "T33-n13-K9-normal-%s", type_name(type)));
     CHECK(rungs_repeat(&fmoe_step_expert_backward, chapter9_expert_rungs, seed, "T300-d37-N50-K3-hot-%s",
                        type_name(type)));
@@ -681,7 +697,7 @@ static const char *rungs_same_bits(const int64_t *size, uint64_t seed) {
                         type_name(type));
 }
 
-SENTENCE(9, 19, "Every rung of the four ladders writes the same bits with any number of threads.",
+SENTENCE(9, 19, "Every rung of the five ladders writes the same bits with any number of threads.",
          "copies are as many as they are, not as there are threads; runs are cut at 256 pairs, not at a thread's share",
          "1, 2, 3 and 7 threads") {
     for_sizes("type", rungs_same_bits, SIZES({0}, {1}, {2}));
@@ -1070,6 +1086,7 @@ CUDA_SENTENCE(
               SIZES({1, 1, 1, 0, 0, 0}, {2, 1, 1, 0, 1, 0}, {3, 7, 13, 1, 0, 1}, {65, 7, 13, 2, 1, 2},
                     {29, 72, 13, 0, 1, 0}, {29, 72, 13, 2, 0, 3}, {130, 200, 1, 1, 1, 1}, {520, 33, 20, 0, 0, 2},
                     {257, 64, 128, 2, 1, 1}, {193, 16, 320, 1, 1, 3}, {1000, 130, 65, 0, 1, 0}, {2051, 24, 33, 2, 1, 0},
+                    {300, 136, 40, 1, 1, 0}, {513, 264, 70, 1, 0, 2}, {1000, 72, 128, 2, 0, 2}, {640, 520, 9, 2, 1, 3},
                     {70, 136, 513, 0, 0, 0}));
     for_random_sizes("T d n type training how", router_backward, 100, (int64_t[]){1, 1, 1, 0, 0, 0},
                      (int64_t[]){200, 150, 100, 2, 1, 3});

@@ -40,6 +40,7 @@ static const struct {
     {&fmoe_step_layer,
      chapter8_rungs,
      {"T131-d19-I23-N50-K6-normal-f32-train", "T131-d19-I23-N50-K6-normal-bf16-norm", "T3-d19-I23-N50-K6-normal-f32"}},
+    {&fmoe_step_router_backward, chapter9_router_rungs, {"T29-d19-n7-f32-train", "T131-d67-n7-bf16"}},
     {&fmoe_step_topk_backward, chapter9_topk_rungs, {"T29-n7-K6-normal-f32", "T29-n7-K6-normal-bf16-norm"}},
     {&fmoe_step_expert_backward, chapter9_expert_rungs, {"T29-d19-N50-K6-hot-f32", "T29-d19-N49-K6-normal-bf16"}},
     {&fmoe_step_mlp_backward, chapter9_mlp_rungs, {"T29-d19-I23-f32", "T29-d19-I23-bf16"}},

@@ -95,4 +95,19 @@ typedef struct {
 
 gemm_epilogue add_and_store;
 
+/* ---- router.c ---------------------------------------------------------------------------------------------------- */
+
+/* x̂ [T, d] and the factor of every column; `move` says whether the running buffers follow a training batch. */
+void router_norm(const fmoe_router_args *a, bool move, float *x_hat, float *scale);
+
+typedef struct {
+    float *x_hat, *scale, *dx_hat; /* [T, d], [d], [T, d]; the first two as router_norm left them */
+} router_buffers;
+
+/* dx and dgate, in the storage type; others [T, d] is added to dx before it is rounded, or NULL. */
+fmoe_status router_gradients(const fmoe_router_args *a, const router_buffers *b, const float *dlogits,
+                             const float *others, void *dx, void *dgate, void *workspace, size_t bytes);
+size_t router_gemm_workspace(int64_t T, int64_t d, int64_t n);
+const void *router_gate_side(const fmoe_router_args *a, int side); /* [n, d] */
+
 #endif

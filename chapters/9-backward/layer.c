@@ -13,92 +13,6 @@ typedef fmoe_mlp_backward_args mlp_args;
 
 /* ---- Router ------------------------------------------------------------------------------------------------------ */
 
-/* Norm and its way back. A thread owns whole blocks of columns; statistics in double, tokens in order. */
-enum { COLUMNS = 64 };
-
-static const float *load_part(fmoe_dtype dtype, const void *tensor, int64_t first, int64_t width, float *buffer) {
-    fmoe_to_f32(dtype, width, (const char *)tensor + first * (int64_t)fmoe_dtype_size(dtype), buffer);
-    return buffer;
-}
-
-static void batch_statistics(const fmoe_layer_args *f, int64_t first, int64_t width, double *mean, double *var) {
-    float row[COLUMNS];
-    memset(mean, 0, COLUMNS * sizeof *mean);
-    memset(var, 0, COLUMNS * sizeof *var);
-    for (int64_t t = 0; t < f->T; t++) {
-        load_part(f->dtype, f->x, t * f->d + first, width, row);
-        for (int64_t c = 0; c < width; c++)
-            mean[c] += row[c];
-    }
-    for (int64_t c = 0; c < width; c++)
-        mean[c] /= (double)f->T;
-    for (int64_t t = 0; t < f->T; t++) {
-        load_part(f->dtype, f->x, t * f->d + first, width, row);
-        for (int64_t c = 0; c < width; c++)
-            var[c] += (row[c] - mean[c]) * (row[c] - mean[c]);
-    }
-    for (int64_t c = 0; c < width; c++)
-        var[c] /= (double)f->T;
-}
-
-/* x̂ [T, d] and the factor of every column; `move` says whether the running buffers follow a training batch. */
-static void norm(const fmoe_layer_args *f, bool move, float *x_hat, float *scale) {
-#pragma omp parallel for schedule(static)
-    for (int64_t first = 0; first < f->d; first += COLUMNS) {
-        int64_t width = smaller(COLUMNS, f->d - first);
-        double mean[COLUMNS], var[COLUMNS], unbiased = (double)f->T / (double)(f->T - 1);
-        if (f->training)
-            batch_statistics(f, first, width, mean, var);
-        for (int64_t c = 0; c < width; c++) {
-            float *running_mean = f->running_mean + first + c, *running_var = f->running_var + first + c;
-            if (!f->training) {
-                mean[c] = *running_mean;
-                var[c] = *running_var;
-            } else if (move && f->T > 0) {
-                *running_mean += (float)(FMOE_NORM_MOMENTUM * (mean[c] - *running_mean));
-                *running_var += (float)(FMOE_NORM_MOMENTUM * (unbiased * var[c] - *running_var));
-            }
-            scale[first + c] = (float)(1 / sqrt(var[c] + FMOE_NORM_EPS));
-        }
-        for (int64_t t = 0; t < f->T; t++) {
-            float row[COLUMNS];
-            load_part(f->dtype, f->x, t * f->d + first, width, row);
-            for (int64_t c = 0; c < width; c++)
-                x_hat[t * f->d + first + c] = (float)(row[c] - mean[c]) * scale[first + c];
-        }
-    }
-}
-
-/* dx = (dx̂ − mean(dx̂) − x̂ · mean(dx̂ · x̂)) · scale in training, dx̂ · scale in evaluation; plus what the other two
- * branches sent back. */
-static void norm_backward(const fmoe_layer_args *f, const float *x_hat, const float *scale, const float *dx_hat,
-                          const float *others, void *dx) {
-    int64_t d = f->d;
-#pragma omp parallel for schedule(static)
-    for (int64_t first = 0; first < d; first += COLUMNS) {
-        int64_t width = smaller(COLUMNS, d - first);
-        double sum[COLUMNS] = {0}, with_x_hat[COLUMNS] = {0};
-        for (int64_t t = 0; f->training && t < f->T; t++)
-            for (int64_t c = 0; c < width; c++) {
-                sum[c] += dx_hat[t * d + first + c];
-                with_x_hat[c] += (double)dx_hat[t * d + first + c] * x_hat[t * d + first + c];
-            }
-        for (int64_t c = 0; c < width; c++) {
-            sum[c] /= (double)f->T;
-            with_x_hat[c] /= (double)f->T;
-        }
-        for (int64_t t = 0; t < f->T; t++) {
-            float row[COLUMNS];
-            for (int64_t c = 0; c < width; c++) {
-                int64_t i = t * d + first + c;
-                double through = dx_hat[i] - sum[c] - x_hat[i] * with_x_hat[c];
-                row[c] = others[i] + (float)through * scale[first + c];
-            }
-            fmoe_from_f32(f->dtype, width, row, (char *)dx + (t * d + first) * (int64_t)fmoe_dtype_size(f->dtype));
-        }
-    }
-}
-
 /* What passes from step to step, forward and back. */
 typedef struct {
     float *x_hat, *scale, *dx_hat, *dlogits;
@@ -120,44 +34,40 @@ static between carve_between(const fmoe_layer_args *f, void *workspace, size_t *
     return b;
 }
 
-static size_t router_gemm_workspace(const fmoe_layer_args *f) {
-    return larger(gemm_workspace(f->T, f->n, f->d),
-                  larger(gemm_workspace(f->T, f->d, f->n), gemm_workspace(f->n, f->d, f->T)));
+static fmoe_router_args router_of(const fmoe_layer_args *f) {
+    return (fmoe_router_args){.T = f->T,
+                              .d = f->d,
+                              .n = f->n,
+                              .training = f->training,
+                              .dtype = f->dtype,
+                              .x = f->x,
+                              .gate = f->router_gate,
+                              .running_mean = f->running_mean,
+                              .running_var = f->running_var,
+                              .logits = f->router_logits};
 }
 
-static const void *gate_of(const fmoe_layer_args *f, int side) {
-    return (const char *)f->router_gate + side * f->n * f->d * (int64_t)fmoe_dtype_size(f->dtype);
+static void norm(const fmoe_layer_args *f, bool move, const between *b) {
+    fmoe_router_args router = router_of(f);
+    router_norm(&router, move, b->x_hat, b->scale);
 }
 
 static fmoe_status router_logits(const fmoe_layer_args *f, const between *b, void *workspace, size_t bytes) {
+    fmoe_router_args router = router_of(f);
     gemm_operand x_hat = by_rows(FMOE_F32, b->x_hat, f->d);
     for (int side = 0; side < 2; side++) {
-        gemm_operand gate = by_rows(f->dtype, gate_of(f, side), f->d);
+        gemm_operand gate = by_rows(f->dtype, router_gate_side(&router, side), f->d);
         gemm_target logits = {FMOE_F32, f->router_logits + side * f->T * f->n, f->n};
         TRY(gemm(f->T, f->n, f->d, &x_hat, &gate, gemm_store, &logits, workspace, bytes));
     }
     return FMOE_OK;
 }
 
-/* dx̂ = dz · gate and dgate = dzᵀ · x̂, a side at a time; then through the norm. */
 static fmoe_status router_backward(const layer_args *a, const between *b, const float *others, void *workspace,
                                    size_t bytes) {
-    const fmoe_layer_args *f = &a->forward;
-    int64_t T = f->T, d = f->d, n = f->n;
-    gemm_operand x_hat_t = by_columns(FMOE_F32, b->x_hat, d);
-    gemm_target first = {FMOE_F32, b->dx_hat, d};
-    gemm_addend second = {b->dx_hat, first};
-    for (int side = 0; side < 2; side++) {
-        float *dz = b->dlogits + side * T * n;
-        gemm_operand dz_rows = by_rows(FMOE_F32, dz, n), dz_t = by_columns(FMOE_F32, dz, n);
-        gemm_operand gate_t = by_columns(f->dtype, gate_of(f, side), d);
-        gemm_target dgate = {f->dtype, (char *)a->drouter_gate + side * n * d * (int64_t)fmoe_dtype_size(f->dtype), d};
-        TRY(gemm(T, d, n, &dz_rows, &gate_t, side ? add_and_store : gemm_store, side ? (void *)&second : &first,
-                 workspace, bytes));
-        TRY(gemm(n, d, T, &dz_t, &x_hat_t, gemm_store, &dgate, workspace, bytes));
-    }
-    norm_backward(f, b->x_hat, b->scale, b->dx_hat, others, a->dx);
-    return FMOE_OK;
+    fmoe_router_args router = router_of(&a->forward);
+    router_buffers buffers = {b->x_hat, b->scale, b->dx_hat};
+    return router_gradients(&router, &buffers, b->dlogits, others, a->dx, a->drouter_gate, workspace, bytes);
 }
 
 /* ---- The steps' arguments ---------------------------------------------------------------------------------------- */
@@ -360,7 +270,7 @@ static size_t steps_workspace(choice with, const layer_args *a) {
     by_steps l = steps_layout(a, NULL);
     const void *args[NUM_STEPS];
     list_steps(&l.s, args);
-    size_t most = router_gemm_workspace(&a->forward);
+    size_t most = router_gemm_workspace(a->forward.T, a->forward.d, a->forward.n);
     for (int i = 0; i < NUM_STEPS; i++)
         if (with[i]->workspace)
             most = larger(most, with[i]->workspace(args[i]));
@@ -388,7 +298,7 @@ static fmoe_status run_steps(choice with, by_steps *l, void *rest, size_t bytes)
     for (int i = MLP_BACKWARD; i <= TOPK_BACKWARD; i++)
         TRY(with[i]->run(args[i], rest, bytes, NULL));
     add_scaled(f->T * f->d, 1, l->a.dx, l->dx_expert);
-    norm(f, false, l->b.x_hat, l->b.scale);
+    norm(f, false, &l->b);
     return router_backward(&l->a, &l->b, l->dx_expert, rest, bytes);
 }
 // [/by-steps]
@@ -463,7 +373,7 @@ static size_t kept_workspace(const void *args) {
     fmoe_topk_args topk = topk_of(f, &k.b);
     topk_args topk_backward = topk_backward_of(f, &k.b);
     fmoe_schedule_args schedule = schedule_of(f, &k.b);
-    size_t most = larger(router_gemm_workspace(f), mlp_gemm_workspace(f->T, f->d, f->I));
+    size_t most = larger(router_gemm_workspace(f->T, f->d, f->n), mlp_gemm_workspace(f->T, f->d, f->I));
     most = larger(most, larger(cpu_topk_best_workspace(&topk), cpu_topk_backward_best_workspace(&topk_backward)));
     return k.bytes + larger(most, cpu_schedule_best_workspace(&schedule));
 }
@@ -497,7 +407,7 @@ static void experts_forward(const kept *k) {
 
 static fmoe_status kept_forward(const layer_args *a, const kept *k, void *rest, size_t bytes) {
     const fmoe_layer_args *f = &a->forward;
-    norm(f, true, k->b.x_hat, k->b.scale);
+    norm(f, true, &k->b);
     TRY(router_logits(f, &k->b, rest, bytes));
     fmoe_topk_args topk = topk_of(f, &k->b);
     TRY(cpu_topk_best(&topk, rest, bytes, NULL));

@@ -159,17 +159,22 @@ static int count_bits(void) {
 
 #ifdef FMOE_WITH_CUDA
 
+/* Of a GPU rung: its time and error, the repeated runs whose dup differs from the first one's, and in how many elements
+ * on average. */
+typedef struct {
+    fmoe_timing timing;
+    double error, elements;
+    int different;
+} gpu_bits;
+
 // [gpu-bits]
-/* A GPU rung again and again on one problem: repeated runs whose dup differs from the first one's, and in how many
- * elements on average. */
-static fmoe_status compare_runs(const fmoe_rung *rung, fmoe_problem *p, int *different, double *elements) {
+static fmoe_status compare_runs(const fmoe_rung *rung, fmoe_problem *p, gpu_bits *bits) {
     fmoe_device_problem device;
     fmoe_argument *dup = fmoe_problem_find(p, "dup");
     float *first = malloc((size_t)dup->count * sizeof *first), *now = dup->data;
     size_t bytes = rung->workspace(p->args);
     char why[200];
     fmoe_status status = first ? fmoe_device_problem_new(p, bytes, &device) : FMOE_OUT_OF_MEMORY;
-    *different = 0, *elements = 0;
     for (int run = 0; run < RUNS && status == FMOE_OK; run++) {
         int64_t off = 0;
         status = rung->run(device.args, device.workspace, bytes, device.stream);
@@ -179,13 +184,14 @@ static fmoe_status compare_runs(const fmoe_rung *rung, fmoe_problem *p, int *dif
             memcpy(first, now, (size_t)dup->count * sizeof *first);
         for (int64_t i = 0; i < dup->count; i++)
             off += memcmp(&first[i], &now[i], sizeof *now) != 0;
-        *different += off > 0;
-        *elements += (double)off / (RUNS - 1);
+        bits->different += off > 0;
+        bits->elements += (double)off / (RUNS - 1);
     }
     if (first)
         fmoe_device_problem_free(&device);
     free(first);
-    return status;
+    bits->error = fmoe_problem_error(p, why);
+    return status == FMOE_OK ? fmoe_device_time(rung, p, &bits->timing) : status;
 }
 // [/gpu-bits]
 
@@ -199,17 +205,17 @@ static int count_gpu_bits(void) {
         fprintf(stderr, "%s\n", fmoe_error_message());
         return 1;
     }
-    printf("\nThe same on the GPU, dup at %s:\n", c.name);
+    printf("\nThe same on the GPU, dup at %s: of %d repeated runs\n  %-12s %9s %8s %8s %22s\n", c.name, RUNS - 1,
+           "rung", "ms", "error", "differ", "in elements of their");
     int failed = 0;
     for (const fmoe_rung *rung = cuda_expert_backward_rungs; rung->run && !failed; rung++) {
-        int different;
-        double elements;
-        failed = compare_runs(rung, &p, &different, &elements) != FMOE_OK;
+        gpu_bits bits = {0};
+        failed = compare_runs(rung, &p, &bits) != FMOE_OK;
         if (failed)
             fprintf(stderr, "%s: %s\n", rung->name, fmoe_error_message());
         else
-            printf("  %-12s %2d of %d repeated runs differ, in %.0f of %lld elements on average\n", rung->name,
-                   different, RUNS - 1, elements, (long long)fmoe_problem_find(&p, "dup")->count);
+            printf("  %-12s %9.4f %8.1e %8d %12.0f %9lld\n", rung->name, bits.timing.median_ms, bits.error,
+                   bits.different, bits.elements, (long long)fmoe_problem_find(&p, "dup")->count);
     }
     fmoe_problem_free(&p);
     return failed;
@@ -230,6 +236,7 @@ static int after(void) {
 
 /* ---- The chapter ------------------------------------------------------------------------------------------------- */
 
+static const char *const router_cases[] = {"T1024-d256-n128-f32-train", NULL};
 static const char *const topk_cases[] = {"T4096-n128-K64-normal-f32", NULL};
 static const char *const expert_cases[] = {"T1024-d256-N16384-K64-uniform-f32", "T1024-d256-N16384-K64-trained-bf16",
                                            "T8192-d256-N1024-K2-hot-f32", NULL};
@@ -237,6 +244,7 @@ static const char *const mlp_cases[] = {"T256-d256-I1024-f32", NULL};
 static const char *const layer_cases[] = {"T256-d256-I1024-N4096-K32-normal-f32-train",
                                           "T1024-d256-I1024-N16384-K64-normal-f32-train", NULL};
 
+static const char *const quick_router[] = {"T256-d256-n64-f32-train", NULL};
 static const char *const quick_topk[] = {"T1024-n128-K64-normal-f32", NULL};
 static const char *const quick_expert[] = {"T512-d256-N4096-K32-uniform-f32", "T4096-d256-N1024-K2-hot-f32", NULL};
 static const char *const quick_mlp[] = {"T128-d256-I512-f32", NULL};
@@ -249,10 +257,13 @@ static const char *const expert_cuda_cases[] = {"T4096-d1024-N16384-K64-uniform-
                                                 "T1024-d1024-N65536-K32-uniform-bf16",
                                                 "T1024-d1024-N102400-K512-uniform-bf16",
                                                 NULL};
+static const char *const router_cuda_cases[] = {"T4096-d1024-n128-bf16-train", "T1024-d1024-n128-bf16-train", NULL};
 static const char *const layer_cuda_cases[] = {"T4096-d1024-I4096-N16384-K64-normal-bf16-train", NULL};
 static const char *const mlp_cuda_cases[] = {"T4096-d1024-I4096-bf16", "T1024-d1024-I4096-bf16", NULL};
 
 static const fmoe_ladder ladders[] = {
+    {&fmoe_step_router_backward, chapter9_router_rungs, router_cases, quick_router, cuda_router_backward_rungs,
+     router_cuda_cases},
     {&fmoe_step_topk_backward, chapter9_topk_rungs, topk_cases, quick_topk, cuda_topk_backward_rungs, NULL},
     {&fmoe_step_expert_backward, chapter9_expert_rungs, expert_cases, quick_expert, cuda_expert_backward_rungs,
      expert_cuda_cases},

@@ -261,11 +261,9 @@ __device__ inline void add_rows(const expert_task &a, int first_column, int32_t 
 }
 // [/add-rows]
 
-// Adds up the warps' sums in the order of the warps, and rounds once.
-template <typename R>
-__device__ inline void join_warps(const expert_task &a, int t, int first_column, float (&sum)[R::PARTS],
-                                  float *shared) {
-    typedef typename R::element E;
+// Adds up the warps' sums in the order of the warps: store(column, sum) for each of `columns` columns.
+template <typename R, typename Store>
+__device__ inline void join_warps(int columns, float (&sum)[R::PARTS], float *shared, const Store &store) {
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
 #pragma unroll
     for (int i = 0; i < R::PARTS; i++) {
@@ -276,12 +274,11 @@ __device__ inline void join_warps(const expert_task &a, int t, int first_column,
             shared[warp * R::WIDTH + column_of<R>(i, lane)] = sum[i];
     }
     __syncthreads();
-    E *y = (E *)a.y + (int64_t)t * a.d + first_column;
-    for (int column = threadIdx.x; column < min(R::WIDTH, a.d - first_column); column += blockDim.x) {
+    for (int column = threadIdx.x; column < min(R::WIDTH, columns); column += blockDim.x) {
         float all = 0;
         for (int w = 0; w < warps; w++)
             all += shared[w * R::WIDTH + column];
-        y[column] = from_f32<E>(all);
+        store(column, all);
     }
     __syncthreads();
 }
@@ -291,6 +288,7 @@ __device__ inline void join_warps(const expert_task &a, int t, int first_column,
 template <typename R>
 __device__ inline void output(const expert_task &a, int t, int first_column, int last_column, bool wait,
                               float *shared) {
+    typedef typename R::element E;
     __shared__ int first_bad;
     int lane = threadIdx.x % WARP, begin, end;
     share_of_warp<R>(a.K, &begin, &end);
@@ -309,7 +307,8 @@ __device__ inline void output(const expert_task &a, int t, int first_column, int
                 a.pre_activations[pair] = 0;
             add_rows<R>(a, column, expert, pair, min(WARP, end - first), wait, lane, sum);
         }
-        join_warps<R>(a, t, column, sum, shared);
+        E *y = (E *)a.y + (int64_t)t * a.d + column;
+        join_warps<R>(a.d - column, sum, shared, [&](int c, float all) { y[c] = from_f32<E>(all); });
     }
     if (first_column == 0 && threadIdx.x == 0)
         write_note(a, t, first_bad);

@@ -8,34 +8,15 @@ template <typename E, slice_form F> using dx_512 = reading<E, F, 32, 1, 4, 2, 16
 template <typename E, slice_form F> using dx_256 = reading<E, F, 16, 1, 4, 4, 8, true>;
 template <typename E> using dx_elements = reading<E, ELEMENTS, 32, 1, 2, 4, 5, false>;
 
-// Adds up the warps' sums in the order of the warps, and rounds once, to float32 if `wide`.
-template <typename R>
-__device__ inline void store_dx(const expert_task &a, const dx_addends &add, bool wide, int t, int first_column,
-                                float (&sum)[R::PARTS], float *shared) {
-    typedef typename R::element E;
-    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
-#pragma unroll
-    for (int i = 0; i < R::PARTS; i++) {
-#pragma unroll
-        for (int step = R::LANES; step < WARP; step *= 2)
-            sum[i] += __shfl_xor_sync(ALL_LANES, sum[i], step);
-        if (lane < R::LANES)
-            shared[warp * R::WIDTH + column_of<R>(i, lane)] = sum[i];
-    }
-    __syncthreads();
-    int64_t row = (int64_t)t * a.d + first_column;
-    for (int column = threadIdx.x; column < min(R::WIDTH, a.d - first_column); column += blockDim.x) {
-        float all = 0;
-        for (int w = 0; w < warps; w++)
-            all += shared[w * R::WIDTH + column];
-        all += add.first ? add.first[row + column] : 0;
-        all += add.second ? add.second[row + column] : 0;
-        if (wide)
-            ((float *)a.y)[row + column] = all;
-        else
-            ((E *)a.y)[row + column] = from_f32<E>(all);
-    }
-    __syncthreads();
+// An element of dx, rounded once, to float32 if `wide`.
+template <typename E>
+__device__ inline void store_dx(const expert_task &a, const dx_addends &add, bool wide, int64_t at, float sum) {
+    sum += add.first ? add.first[at] : 0;
+    sum += add.second ? add.second[at] : 0;
+    if (wide)
+        ((float *)a.y)[at] = sum;
+    else
+        ((E *)a.y)[at] = from_f32<E>(sum);
 }
 
 // The forward step's second phase gathers a.up with a.activations into a.y: here that is down with ds into dx, and
@@ -68,8 +49,10 @@ static __global__ void __launch_bounds__(R::WARPS *WARP, R::BLOCKS)
             if (a.y)
                 add_rows<R>(a, column, expert, pair, min(WARP, end - first), overlapped, lane, sum);
         }
+        int64_t row = (int64_t)t * a.d + column;
         if (a.y)
-            store_dx<R>(a, add, wide, t, column, sum, shared);
+            join_warps<R>(a.d - column, sum, shared,
+                          [&](int c, float all) { store_dx<typename R::element>(a, add, wide, row + c, all); });
     }
     __syncthreads();
     if (slice == 0 && threadIdx.x == 0)

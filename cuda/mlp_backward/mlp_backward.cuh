@@ -18,6 +18,7 @@ typedef struct {
     fmoe_dtype middle; // of what is between the products: dtype where tensor cores multiply it, else float32
     void *dp, *dq;     // [T, I] middle, in the workspace
     float *parts;      // of dx, where its depth is split
+    int blocks;        // at most so many multiprocessors for the wgmma rung's products; 0: all
 } mlp_backward_task;
 
 // Lays out the workspace, NULL to learn its size, with `parts` times dx in float32.

@@ -205,8 +205,16 @@ static fmoe_status describe_gradient(const mlp_backward_task &t, const char *nam
 
 // ---- The products
 
+// A kernel that may not have all multiprocessors does not start under the end of the one before either: its blocks
+// would sit down on those that are left to others.
+static product_work work_of(const mlp_backward_task &t, int64_t rows, int64_t columns, int64_t depth, int max_splits) {
+    product_work work = product_plan(rows, columns, depth, COLUMNS, max_splits);
+    work.blocks = t.blocks;
+    return work;
+}
+
 template <typename E> static fmoe_status make_hidden(const mlp_backward_task &t, cudaStream_t stream) {
-    product_work work = product_plan(t.T, t.I, t.d, COLUMNS, 1);
+    product_work work = work_of(t, t.T, t.I, t.d, 1);
     product_maps maps = {};
     store_hidden<E> epilogue = {};
     work.paired = true;
@@ -221,7 +229,7 @@ template <typename E> static fmoe_status make_hidden(const mlp_backward_task &t,
 
 // [dh]
 template <typename E> static fmoe_status hidden(const mlp_backward_task &t, cudaStream_t stream) {
-    product_work work = product_plan(t.T, t.I, t.d, COLUMNS, 1);
+    product_work work = work_of(t, t.T, t.I, t.d, 1);
     product_maps maps = {};
     hidden_gradients<E> epilogue = {};
     epilogue.work = work;
@@ -231,7 +239,7 @@ template <typename E> static fmoe_status hidden(const mlp_backward_task &t, cuda
     TRY((describe_b<true, COLUMNS>("down_proj.weight", &maps.b[0], t.dtype, t.down, t.I, t.d, t.I)));
     TRY(describe_matrix("dp", &epilogue.dp, t.dtype, t.dp, t.T, t.I, 64));
     TRY(describe_matrix("dq", &epilogue.dq, t.dtype, t.dq, t.T, t.I, 64));
-    return product_launch<E, COLUMNS, false, true>("dh", work, maps, epilogue, t.made, stream);
+    return product_launch<E, COLUMNS, false, true>("dh", work, maps, epilogue, t.made && !t.blocks, stream);
 }
 // [/dh]
 
@@ -240,7 +248,7 @@ template <typename E> static fmoe_status hidden(const mlp_backward_task &t, cuda
 template <typename E>
 static fmoe_status weight(const mlp_backward_task &t, const char *name, int64_t rows, int64_t columns, const void *a,
                           const void *b, void *gradient, cudaStream_t stream) {
-    product_work work = product_plan(rows, columns, t.T, COLUMNS, 1);
+    product_work work = work_of(t, rows, columns, t.T, 1);
     product_maps maps = {};
     store_gradient<E> epilogue;
     if (!gradient)
@@ -248,7 +256,7 @@ static fmoe_status weight(const mlp_backward_task &t, const char *name, int64_t 
     TRY(describe_a<true>(name, &maps.a[0], t.dtype, a, rows, t.T, rows));
     TRY((describe_b<true, COLUMNS>(name, &maps.b[0], t.dtype, b, columns, t.T, columns)));
     TRY(describe_gradient(t, name, gradient, t.wide, t.accumulate, work, &epilogue));
-    return product_launch<E, COLUMNS, true, true>(name, work, maps, epilogue, true, stream);
+    return product_launch<E, COLUMNS, true, true>(name, work, maps, epilogue, !t.blocks, stream);
 }
 // [/weight]
 
@@ -260,7 +268,7 @@ static int second_from(const mlp_backward_task &t) {
 }
 
 static product_work tokens_work(const mlp_backward_task &t) {
-    product_work work = product_plan(t.T, t.d, second_from(t) + t.I, COLUMNS, MOST_PARTS);
+    product_work work = work_of(t, t.T, t.d, second_from(t) + t.I, MOST_PARTS);
     work.second_from = second_from(t);
     return work;
 }
@@ -277,15 +285,15 @@ template <typename E> static fmoe_status tokens(const mlp_backward_task &t, cuda
     store_gradient<E> epilogue;
     if (work.splits == 1) {
         TRY(describe_gradient(t, "dx", t.dx, t.wide_dx, false, work, &epilogue));
-        return product_launch<E, COLUMNS, false, true>("dx", work, maps, epilogue, true, stream);
+        return product_launch<E, COLUMNS, false, true>("dx", work, maps, epilogue, !t.blocks, stream);
     }
     epilogue = {};
     epilogue.rounded.rows = work.rows, epilogue.rounded.columns = work.columns;
     epilogue.wide = t.parts;
-    TRY((product_launch<E, COLUMNS, false, true>("the parts of dx", work, maps, epilogue, true, stream)));
+    TRY((product_launch<E, COLUMNS, false, true>("the parts of dx", work, maps, epilogue, !t.blocks, stream)));
     if (t.wide_dx)
-        return add_parts(t.parts, work.splits, t.T * t.d, {}, (float *)t.dx, true, stream);
-    return add_parts(t.parts, work.splits, t.T * t.d, {}, (E *)t.dx, true, stream);
+        return add_parts(t.parts, work.splits, t.T * t.d, {}, (float *)t.dx, !t.blocks, stream);
+    return add_parts(t.parts, work.splits, t.T * t.d, {}, (E *)t.dx, !t.blocks, stream);
 }
 // [/dx]
 
@@ -307,13 +315,13 @@ template <typename E> static fmoe_status run(const mlp_backward_task &t, cudaStr
 // ---- The way there, for a layer that comes back
 
 template <typename E> static fmoe_status forward_keeping(const mlp_backward_task &t, float *y, cudaStream_t stream) {
-    product_work work = product_plan(t.T, t.d, t.I, COLUMNS, 1);
+    product_work work = work_of(t, t.T, t.d, t.I, 1);
     product_maps maps = {};
     store_sums epilogue = {y, work.rows, work.columns};
     TRY(make_hidden<E>(t, stream));
     TRY(describe_a<false>("h", &maps.a[0], t.dtype, t.h, t.T, t.I, t.I));
     TRY((describe_b<false, COLUMNS>("down_proj.weight", &maps.b[0], t.dtype, t.down, t.d, t.I, t.I)));
-    return product_launch<E, COLUMNS, false, false>("y", work, maps, epilogue, true, stream);
+    return product_launch<E, COLUMNS, false, false>("y", work, maps, epilogue, !t.blocks, stream);
 }
 
 fmoe_status mlp_forward_keeping(const mlp_backward_task &t, float *y, cudaStream_t stream) {

@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(PRODUCT_THREADS, 2)
             for (int k = 0; k < DEPTH; k++)
                 dz_sum += tiles[turn].a[k][threadIdx.x];
     }
-    float *out = job.dgate_slices + slice * 2 * job.n * job.d;
+    float *out = job.dgate_slices + slice * job.keys * job.d;
 #pragma unroll
     for (int i = 0; i < 8; i++)
 #pragma unroll

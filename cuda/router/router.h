@@ -1,4 +1,5 @@
-/* The router's rungs on the GPU, for its ladder (ladder.c) and for fmoe_cuda_router. */
+/* The router's rungs on the GPU, there and back, for their ladders (ladder.c, backward_ladder.c) and for
+ * fmoe_cuda_router and fmoe_cuda_router_backward. */
 #ifndef FMOE_CUDA_ROUTER_H
 #define FMOE_CUDA_ROUTER_H
 
@@ -17,6 +18,12 @@ fmoe_workspace_fn cuda_router_x_hat_bytes, cuda_router_bytes, cuda_router_cublas
 bool cuda_router_16_bit(const void *args);
 /* The library counts with int. */
 bool cuda_router_fits_int(const void *args);
+
+/* The way back (chapter 9): each takes fmoe_router_backward_args with device pointers. */
+fmoe_rung_fn cuda_router_backward_tiles, cuda_router_backward_wgmma;
+fmoe_workspace_fn cuda_router_backward_tiles_bytes, cuda_router_backward_wgmma_bytes;
+/* As cuda_router_16_bit, from 256 tokens on. */
+bool cuda_router_backward_16_bit(const void *args);
 
 #ifdef __cplusplus
 }
