@@ -7,9 +7,11 @@
 #include "../cuda/rungs.h"
 #include "values.h"
 
+#include <glob.h>
 #include <jansson.h>
 #include <math.h>
 #include <signal.h>
+#include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/prctl.h>
@@ -175,6 +177,7 @@ SENTENCE(0, 41,
         {&fmoe_step_expert, chapter1_rungs},
         {&fmoe_step_mlp, chapter6_rungs},
         {&fmoe_step_layer, chapter8_rungs},
+        {&fmoe_step_router_backward, chapter9_router_rungs},
         {&fmoe_step_topk_backward, chapter9_topk_rungs},
         {&fmoe_step_expert_backward, chapter9_expert_rungs},
         {&fmoe_step_mlp_backward, chapter9_mlp_rungs},
@@ -684,6 +687,157 @@ SENTENCE(0, 51, "A file that is cut short, of another case, or holds a tensor th
            "one result alone:\n%s", output);
     fmoe_file_close(f.file);
     leave_folder();
+}
+
+/* ---- The course -------------------------------------------------------------------------------------------------- */
+
+/* Runs a command and keeps what it prints. Its status. */
+static int shell(const char *format, ...) {
+    char command[2000];
+    va_list list;
+    va_start(list, format);
+    vsnprintf(command, sizeof command, format, list);
+    va_end(list);
+    FILE *pipe = popen(command, "r");
+    expect(pipe != NULL, "no shell");
+    size_t length = fread(output, 1, sizeof output - 1, pipe);
+    output[length] = 0;
+    int status = pclose(pipe);
+    return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+}
+
+/* Whether a file begins so, after the mark of a comment. */
+static bool begins(const char *path, const char *format, ...) {
+    char wanted[200], line[400] = "";
+    va_list list;
+    va_start(list, format);
+    vsnprintf(wanted, sizeof wanted, format, list);
+    va_end(list);
+    FILE *file = fopen(path, "r");
+    if (!file)
+        return false;
+    const char *text = fgets(line, sizeof line, file);
+    fclose(file);
+    if (!text)
+        return false;
+    if (!strncmp(text, "/* ", 3) || !strncmp(text, "// ", 3))
+        text += 3;
+    return strncmp(text, wanted, strlen(wanted)) == 0;
+}
+
+static void has_paragraphs(const char *path) {
+    static const char *const paragraphs[] = {"\n**Starter.** ", "\n**Predict first.** ", "\n**Find out.**"};
+    static char text[1 << 16];
+    FILE *file = fopen(path, "r");
+    expect(file != NULL, "%s: no such file", path);
+    text[fread(text, 1, sizeof text - 1, file)] = 0;
+    fclose(file);
+    for (size_t i = 0; i < sizeof paragraphs / sizeof *paragraphs; i++)
+        expect(strstr(text, paragraphs[i]) != NULL, "%s has no paragraph %s", path, paragraphs[i] + 1);
+}
+
+/* chapters/3-topk/exercises/1-block.c: chapters/3-topk/solutions/1-block.c */
+static void solution_of(const char *starter, char *path, size_t size) {
+    const char *folder = strstr(starter, "/exercises/");
+    snprintf(path, size, "%.*s/solutions/%s", (int)(folder - starter), starter, folder + strlen("/exercises/"));
+}
+
+SENTENCE(0, 53,
+         "Every chapter has three exercises, which say what to predict and what to find out, and a solution a starter.",
+         "a guess that was written down can be wrong, which is what teaches", "the folders") {
+    glob_t texts = {0}, starters = {0}, solutions = {0};
+    char pattern[100], solution[400];
+    bool packed = glob("chapters/*/solutions", 0, NULL, &solutions) == GLOB_NOMATCH; /* as make course does */
+    globfree(&solutions);
+    for (int chapter = 0; chapter < 10; chapter++) {
+        snprintf(pattern, sizeof pattern, "chapters/%d-*/exercises/[0-9]-*.md", chapter);
+        expect(glob(pattern, 0, NULL, &texts) == 0 && texts.gl_pathc == 3, "chapter %d has %zu exercises", chapter,
+               texts.gl_pathc);
+        for (int e = 1; e <= 3; e++) {
+            const char *text = texts.gl_pathv[e - 1];
+            expect(begins(text, "# %d.%d ", chapter, e), "%s does not begin with its number", text);
+            has_paragraphs(text);
+            snprintf(pattern, sizeof pattern, "chapters/%d-*/exercises/%d-*.c*", chapter, e);
+            expect(glob(pattern, 0, NULL, &starters) == 0, "%s has no starter", text);
+            for (size_t i = 0; i < starters.gl_pathc; i++) {
+                const char *starter = starters.gl_pathv[i];
+                expect(begins(starter, "Exercise %d.%d, starter, ", chapter, e), "%s does not say what it is", starter);
+                solution_of(starter, solution, sizeof solution);
+                expect(packed || begins(solution, "Exercise %d.%d, solution: ", chapter, e),
+                       "%s does not say what it is", solution);
+            }
+            solution_of(text, solution, sizeof solution);
+            expect(packed || begins(solution, "# Solution to %d.%d: ", chapter, e), "%s: no such text", solution);
+            globfree(&starters);
+        }
+        globfree(&texts);
+    }
+}
+
+/* A course of one exercise, whose starter and solution are these lines, graded by a program that looks for the word
+ * RIGHT in a file. The status. */
+static int grade_course(const char *suffix, const char *starter, const char *solution) {
+    static const char grader[] = "#!/bin/sh\ngrep -q RIGHT \"$2\" && echo right: all points && exit 0\n"
+                                 "grep -q FOREIGN \"$2\" && echo not graded && exit 2\n"
+                                 "echo wrong: no points\nexit 1\n";
+    char path[100];
+    expect(shell("rm -rf chapters && mkdir -p build chapters/4-x/exercises chapters/4-x/solutions") == 0, "no folders");
+    write_text("build/chapter4", grader);
+    write_text("chapters/steps.h", "");
+    snprintf(path, sizeof path, "chapters/4-x/exercises/1-a.%s", suffix);
+    write_text(path, starter);
+    snprintf(path, sizeof path, "chapters/4-x/solutions/1-a.%s", suffix);
+    write_text(path, solution);
+    return shell("chmod +x build/chapter4; COURSE_ROOT=$PWD BUILD=build NVCC= %s/chapters/course.sh grade 2>&1", root);
+}
+
+SENTENCE(0, 54,
+         "Solutions that are not right, starters that are not what they claim, and files that say nothing all fail.",
+         "make grade-all has to be believed", "a course of one exercise and a grader that looks for a word") {
+    static const char good[] = "/* Exercise 4.1, solution: RIGHT. */\n",
+                      begun[] = "/* Exercise 4.1, starter, not done: x. */\n";
+    enter_folder();
+    expect(grade_course("c", begun, good) == 0 && says("1 starters are what they claim, 0 failed, 0 skipped") &&
+               says("1 solutions graded, 0 failed, 0 skipped"),
+           "a course without fault:\n%s", output);
+    expect(grade_course("c", "/* Exercise 4.1, starter, right: RIGHT. */\n", good) == 0, "a right starter:\n%s",
+           output);
+    static const struct {
+        const char *what, *starter, *solution;
+    } faults[] = {
+        {"a solution is wrong", begun, "/* Exercise 4.1, solution: x. */\n"},
+        {"a solution cannot be graded", begun, "/* Exercise 4.1, solution: FOREIGN. */\n"},
+        {"a solution does not compile", begun, "/* Exercise 4.1, solution: RIGHT. */ int broken = ;\n"},
+        {"a solution has a warning", begun, "/* Exercise 4.1, solution: RIGHT. */\nstatic int unused;\n"},
+        {"a solution is another exercise's", begun, "/* Exercise 4.2, solution: RIGHT. */\n"},
+        {"a solution is a starter", begun, begun},
+        {"a starter is not right", "/* Exercise 4.1, starter, right: x. */\n", good},
+        {"a starter is done", "/* Exercise 4.1, starter, not done: RIGHT. */\n", good},
+        {"a starter cannot be graded", "/* Exercise 4.1, starter, not done: FOREIGN. */\n", good},
+        {"a starter says nothing", "int x;\n", good},
+    };
+    for (size_t i = 0; i < sizeof faults / sizeof *faults; i++)
+        expect(grade_course("c", faults[i].starter, faults[i].solution) == 1 && says("FAILED"), "%s:\n%s",
+               faults[i].what, output);
+    expect(grade_course("cu", "// Exercise 4.1, starter, right: x.\n", "// Exercise 4.1, solution: x.\n") == 0 &&
+               says("0 solutions graded, 0 failed, 1 skipped"),
+           "without a compiler for it:\n%s", output);
+    leave_folder();
+}
+
+SENTENCE(0, 55, "The packed course has every exercise and no solution.", "a student should not find them by accident",
+         "the archive's list") {
+    glob_t files = {0};
+    enter_folder();
+    expect(shell("%s/chapters/course.sh pack $PWD/course.tar.gz 2>&1 && tar -tzf course.tar.gz", root) == 0, "%s",
+           output);
+    expect(says("flashmoe-course/Makefile\n") && says("flashmoe-course/tests/golden/tiny_f32_train.safetensors\n"),
+           "it is not whole:\n%s", output);
+    expect(!says("solution"), "it has a solution:\n%s", output);
+    expect(chdir(root) == 0 && glob("chapters/*/exercises/*", 0, NULL, &files) == 0, "no exercises");
+    for (size_t i = 0; i < files.gl_pathc; i++)
+        expect(says(files.gl_pathv[i]), "%s is missing", files.gl_pathv[i]);
+    globfree(&files);
 }
 
 /* ---- On the GPU -------------------------------------------------------------------------------------------------- */

@@ -1,7 +1,7 @@
 /* The suite's program: runs the sentences in reading order and prints them as a text.
  *
- * CHAPTER=3, ONLY=3.1 (or 3.1,3.4) or CUDA=1 limit the run, SEED and SIZES repeat one; all come as environment variables (make
- * passes them on), because each sentence runs in a process of its own. */
+ * CHAPTER=3, ONLY=3.1 (or 3.1,3.4) or CUDA=1 limit the run, SEED and SIZES repeat one; all come as environment
+ * variables (make passes them on), because each sentence runs in a process of its own. */
 #include "report.h"
 
 #include "../chapters/device.h"

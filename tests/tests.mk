@@ -40,11 +40,11 @@ $(BUILD)/tests/race: $(call object,tests/race.c) $(BUILD)/libflashmoe.a
 
 # ---- What needs no run: formats, linters, texts ----------------------------------------------------------------------
 
-FOLDERS = ref_cpu chapters chapters/* tests tests/* cuda cuda/*
+FOLDERS = ref_cpu chapters chapters/* chapters/*/exercises chapters/*/solutions tests tests/* cuda cuda/*
 # tests/self makes its mistakes on purpose.
 C_FILES = $(filter-out tests/self/%,$(wildcard $(FOLDERS:%=%/*.c)))
 FORMATTED = $(wildcard $(FOLDERS:%=%/*.c) $(FOLDERS:%=%/*.h) $(FOLDERS:%=%/*.cu) $(FOLDERS:%=%/*.cuh))
-TEXTS = $(wildcard *.md */README.md */*/README.md)
+TEXTS = $(wildcard *.md */README.md */*/README.md chapters/*.md chapters/*/exercises/*.md chapters/*/solutions/*.md)
 COG = PYTHONDONTWRITEBYTECODE=1 .venv/bin/cog -I plots -p "from prose import *" --verbosity=1
 
 check: check-format check-cppcheck check-tidy check-suite check-prose check-links ## format, linters, texts
