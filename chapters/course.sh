@@ -151,7 +151,7 @@ grade_all() { # [CHAPTER]
 # Also where there is no git, so a copy's course can be packed again.
 pack() { # ARCHIVE
     mkdir -p "$(dirname "$1")"
-    tar -czf "$1" --exclude=__pycache__ --exclude='*.o' --exclude='chapters/*/solutions' --transform 's,^,flashmoe-course/,SH' \
+    tar --dereference -czf "$1" --exclude=__pycache__ --exclude='*.o' --exclude='chapters/*/solutions' --transform 's,^,flashmoe-course/,SH' \
         .ci .clang-format .clang-tidy .gitignore LICENSE Makefile README.md chapters cuda notebooks plots ref_cpu tests
 }
 
