@@ -136,14 +136,16 @@ __device__ inline void copy_ahead(const few_job &job, const few_sources<E, ROWS>
 // ---- Products
 
 // [multiply]
-// Warpgroup g has chunks g, g + 4, ... of the block's k. It waits for its own copies only.
+// Warpgroup g has chunks g, g + 4, ... of the block's k. It waits for its own copies only. All four make as many turns:
+// a chunk that there is not is zeros, as is all that lies beyond k.
 template <typename E, int ROWS, bool PAIR, int STAGES>
 __device__ inline void multiply(const few_job &job, few_sources<E, ROWS> from, int chunks,
                                 few_ring<E, ROWS, STAGES> &ring, float (&sums)[ROWS / 2]) {
     int group = threadIdx.x / FEW_GROUP, stage = 0;
+    int end = (chunks + FEW_GROUPS - 1) / FEW_GROUPS * FEW_GROUPS;
     from.columns = min(from.columns, chunks * TILE_DEPTH); // what is beyond is another block's
     copy_ahead<E, ROWS, PAIR>(job, from, group * TILE_DEPTH, ring);
-    for (int c = group; c < chunks; c += FEW_GROUPS) {
+    for (int c = group; c < end; c += FEW_GROUPS) {
         copy_async_wait<STAGES - 1>();      // this chunk is here, for this thread's part,
         shared_stores_done();               // wgmma may read it,
         barrier_sync(1 + group, FEW_GROUP); // and all of that for all threads
@@ -154,7 +156,7 @@ __device__ inline void multiply(const few_job &job, few_sources<E, ROWS> from, i
             few_mma<E>(sums, tokens + 2 * step, weights + 2 * step);
         wgmma_commit();
         int next = c + STAGES * FEW_GROUPS;
-        if (next < chunks) { // into this stage, when all warps are done with it
+        if (next < end) { // into this stage, when all warps are done with it
             wgmma_wait<0>();
             barrier_sync(1 + group, FEW_GROUP);
             copy_weights(job, from, next * TILE_DEPTH, ring.weights[stage]);

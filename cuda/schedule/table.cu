@@ -163,12 +163,10 @@ __global__ void sum_starts(table a) {
     let_next_start();
     if (bucket > a.buckets)
         return;
-    ushort4 four = ((const ushort4 *)a.starts)[bucket * (MOST_CHUNKS / 4) + lane];
-    int there = a.chunks - 4 * lane; // so many of the four are chunks
-    sum += there > 0 ? four.x : 0;
-    sum += there > 1 ? four.y : 0;
-    sum += there > 2 ? four.z : 0;
-    sum += there > 3 ? four.w : 0;
+    const uint16_t *starts = a.starts + bucket * MOST_CHUNKS;
+#pragma unroll
+    for (int chunk = lane; chunk < MOST_CHUNKS; chunk += WARP)
+        sum += chunk < a.chunks ? starts[chunk] : 0;
     sum = (int)sum_lanes((unsigned)sum);
     if (lane == 0)
         a.bases[bucket] = sum;
