@@ -36,7 +36,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 SCRATCH = ROOT / "build" / "mutants"
 WORKERS = 2
-GPU_WORKERS = 8  # compile and run at once; chapter 0's sentences, which time the GPU, have it to themselves
+GPU_WORKERS = 8  # compile at once,
+GPU_TURNS = 4  # and run; chapter 0's sentences, which time the GPU, have it to themselves
 # -O1 compiles quickly; without -march=native an illegal instruction cannot be mistaken for a catch.
 FLAGS = ["OPT=-O1", "CFLAGS=-O1 -w", "BUILD=build"]
 WITHOUT_CUDA = ["NVCC="]
@@ -166,7 +167,8 @@ class Tester:
     def __init__(self, gpu):
         self.gpu = gpu
         self.workers = GPU_WORKERS if gpu else WORKERS
-        self.turn = threading.Semaphore(self.workers)
+        self.places = GPU_TURNS if gpu else WORKERS
+        self.turn = threading.Semaphore(self.places)
         self.alone = threading.Lock()
         shutil.rmtree(SCRATCH, ignore_errors=True)
         SCRATCH.mkdir(parents=True)
@@ -214,8 +216,8 @@ class Tester:
                 return None, errors
             seconds = self.seconds[mutant.chapter]
             # One program among several on a GPU takes longer than it did alone.
-            patience = self.workers if self.gpu else 1
-            with self.turns(self.workers if self.gpu and mutant.chapter == 0 else 1):
+            patience = self.places if self.gpu else 1
+            with self.turns(self.places if self.gpu and mutant.chapter == 0 else 1):
                 only = self.tried_on.get((mutant.chapter, mutant.part), ())
                 limits = patience * (10 + 3 * seconds), 60 + 10 * patience * seconds
                 return run(tree, mutant.chapter, self.gpu, *limits, only), None
