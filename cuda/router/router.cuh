@@ -27,6 +27,11 @@ __device__ inline void set_norm(router_norm norm, int64_t h, double mean, double
 __device__ inline float normalised(float x, float center, float scale, float offset) {
     return fmaf(x - center, scale, offset);
 }
+
+// The scale from a running variance, to some 1e-7: a kernel that makes it on the way has no time for doubles.
+__device__ inline float running_scale(float var) {
+    return rsqrtf(var + (float)FMOE_NORM_EPS);
+}
 // [/norm]
 
 // ---- Workspace ----
@@ -99,11 +104,12 @@ typedef struct {
     unsigned key_tiles; // a side
     float *logits, *log_probs;
     router_norm norm;
+    const float *mean, *var; // the running buffers, where the kernel makes the norm of them itself; or NULL
 } router_job;
 
 static inline router_job router_job_of(const fmoe_router_args *args, router_scratch scratch) {
-    router_job job = {args->T,      args->d, args->n,     (unsigned)ceil_div(args->n, TILE_KEYS),
-                      args->logits, NULL,    scratch.norm};
+    router_job job = {args->T,      args->d, args->n, (unsigned)ceil_div(args->n, TILE_KEYS), args->logits, NULL,
+                      scratch.norm, NULL,    NULL};
     if (job.key_tiles == 1)
         job.log_probs = args->log_probs;
     return job;
@@ -126,6 +132,11 @@ __device__ inline router_tile router_tile_of(const router_job &job) {
     return at;
 }
 
+__device__ inline float normalised_at(const router_job &job, int64_t h, float x) {
+    return job.mean ? normalised(x, job.mean[h], running_scale(job.var[h]), 0)
+                    : normalised(x, job.norm.center[h], job.norm.scale[h], job.norm.offset[h]);
+}
+
 // [plain-row]
 // Splitting x̂ loses infinity (∞ − ∞ is NaN), and a float16 has no room for an x̂ beyond 65,504, which a running variance
 // near zero can give. Either way NaN is in the product, so a row with a NaN is computed again by a warp, without
@@ -139,8 +150,7 @@ __device__ __noinline__ void plain_row(router_job job, router_tile at, int row, 
         float sum = 0;
 #pragma unroll 1
         for (int64_t h = threadIdx.x % WARP; h < job.d; h += WARP)
-            sum = fmaf(normalised(to_f32(x_row[h]), job.norm.center[h], job.norm.scale[h], job.norm.offset[h]),
-                       to_f32(gate_row[h]), sum);
+            sum = fmaf(normalised_at(job, h, to_f32(x_row[h])), to_f32(gate_row[h]), sum);
         tile[row * TILE_PITCH + key] = warp_sum(sum); // the same in every lane
     }
     __syncwarp();

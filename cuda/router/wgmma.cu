@@ -5,7 +5,8 @@
 #define WARPGROUPS    2 // that multiply, each every other chunk of 64 hidden units
 #define GROUP_THREADS 128
 #define PRODUCER_WARP (WARPGROUPS * GROUP_THREADS / WARP)
-#define WGMMA_THREADS (WARPGROUPS * GROUP_THREADS + WARP)
+#define NORM_WARP     (PRODUCER_WARP + 1)
+#define WGMMA_THREADS (WARPGROUPS * GROUP_THREADS + 2 * WARP)
 
 // One chunk: what the copy engine brings together.
 template <typename E> struct alignas(1024) wgmma_stage {
@@ -19,13 +20,14 @@ template <typename E> struct wgmma_shared {
     uint64_t full[STAGES], empty[STAGES];
 };
 
-#define STAGE_BYTES(E) ((TILE_KEYS + TILE_TOKENS) * TILE_DEPTH * (int)sizeof(E) + 3 * TILE_DEPTH * (int)sizeof(float))
+#define TILE_BYTES(E) ((TILE_KEYS + TILE_TOKENS) * TILE_DEPTH * (int)sizeof(E))
+#define NORM_BYTES    (3 * TILE_DEPTH * (int)sizeof(float))
 
 template <typename E>
 __device__ inline void bring_tiles(wgmma_shared<E> *s, int chunk, const CUtensorMap *x, const CUtensorMap *gate,
-                                   int token, int key) {
+                                   int token, int key, bool and_norm) {
     int stage = chunk % STAGES;
-    barrier_arrive_expecting(&s->full[stage], STAGE_BYTES(E));
+    barrier_arrive_expecting(&s->full[stage], TILE_BYTES(E) + (and_norm ? NORM_BYTES : 0));
     copy_box(s->stages[stage].x, x, chunk * TILE_DEPTH, token, &s->full[stage]);
     copy_box(s->stages[stage].gate, gate, chunk * TILE_DEPTH, key, &s->full[stage]);
 }
@@ -38,24 +40,62 @@ template <typename E> __device__ inline void bring_norm(wgmma_shared<E> *s, int 
 }
 
 // [producer]
-// One thread asks for everything. x and the gate are there from the start, so the first stages' tiles are on their way
-// while the kernel before still works on the norm.
+// One thread asks for everything. x and the gate are there from the start. In training the norm is what the kernel
+// before still works on, while the first stages' tiles are on their way.
 template <typename E>
 __device__ inline void produce(wgmma_shared<E> *s, const router_job &job, const CUtensorMap *x, const CUtensorMap *gate,
                                int token, int key, int chunks) {
     int first = chunks < STAGES ? chunks : STAGES;
+    bool with_norm = !job.mean;
     for (int chunk = 0; chunk < first; chunk++)
-        bring_tiles(s, chunk, x, gate, token, key);
+        bring_tiles(s, chunk, x, gate, token, key, with_norm);
     wait_for_kernel_before();
-    for (int chunk = 0; chunk < first; chunk++)
+    for (int chunk = 0; chunk < first && with_norm; chunk++)
         bring_norm(s, chunk, job.norm);
     for (int chunk = first; chunk < chunks; chunk++) {
         barrier_wait(&s->empty[chunk % STAGES], (chunk / STAGES - 1) % 2);
-        bring_tiles(s, chunk, x, gate, token, key);
-        bring_norm(s, chunk, job.norm);
+        bring_tiles(s, chunk, x, gate, token, key, with_norm);
+        if (with_norm)
+            bring_norm(s, chunk, job.norm);
     }
 }
 // [/producer]
+
+// [norm-warp]
+// In evaluation the norm is a root for each hidden unit. A warp of each block makes it, chunk by chunk, from running
+// buffers that it loads a ring of stages ahead. The mean is a float32, so nothing is lost that an offset would hold.
+template <typename E> __device__ inline void make_norm(wgmma_shared<E> *s, const router_job &job, int chunks) {
+    constexpr int UNITS = TILE_DEPTH / WARP;
+    int lane = threadIdx.x % WARP;
+    float mean[STAGES][UNITS], var[STAGES][UNITS];
+    auto load = [&](int stage, int chunk) {
+        for (int j = 0; j < UNITS; j++) {
+            int h = chunk * TILE_DEPTH + j * WARP + lane;
+            mean[stage][j] = h < job.d ? job.mean[h] : 0; // x is 0 beyond d, and so is x̂
+            var[stage][j] = h < job.d ? job.var[h] : 0;
+        }
+    };
+#pragma unroll
+    for (int i = 0; i < STAGES; i++)
+        load(i, i);
+    for (int first = 0; first < chunks; first += STAGES)
+#pragma unroll
+        for (int i = 0; i < STAGES; i++) {
+            int chunk = first + i;
+            if (chunk >= chunks)
+                return;
+            if (first > 0)
+                barrier_wait(&s->empty[i], (first / STAGES - 1) % 2);
+            for (int j = 0; j < UNITS; j++) {
+                s->stages[i].center[j * WARP + lane] = mean[i][j];
+                s->stages[i].scale[j * WARP + lane] = running_scale(var[i][j]);
+                s->stages[i].offset[j * WARP + lane] = 0;
+            }
+            barrier_arrive(&s->full[i]);
+            load(i, chunk + STAGES);
+        }
+}
+// [/norm-warp]
 
 __device__ inline float2 two_at(const float *values, int at) {
     return *(const float2 *)(values + at);
@@ -127,9 +167,9 @@ __device__ inline void add_groups(int group, const float (&sums)[64], float *til
     }
 }
 
-// Launch: a block of 288 threads for 64 tokens by 128 keys of one side: two warpgroups that multiply and a warp that
-// feeds them. Shared memory: 185 KB, six stages of 25 KB and the tile of logits. Traffic: as the split rung's, but all
-// of it by the copy engine, and x̂ never leaves the registers.
+// Launch: a block of 320 threads for 64 tokens by 128 keys of one side: two warpgroups that multiply, and a warp that
+// feeds them, and one for the norm. Shared memory: 185 KB, six stages of 25 KB and the tile of logits. Traffic: as the
+// split rung's, but all of it by the copy engine, and x̂ never leaves the registers.
 template <typename E>
 __global__ void __launch_bounds__(WGMMA_THREADS, 1)
     wgmma_kernel(router_job job, const __grid_constant__ CUtensorMap x_map,
@@ -141,7 +181,7 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1)
     int warp = threadIdx.x / WARP, chunks = (int)((job.d + TILE_DEPTH - 1) / TILE_DEPTH);
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < STAGES; stage++) {
-            barrier_init(&s->full[stage], 1);
+            barrier_init(&s->full[stage], job.mean ? 1 + WARP : 1);
             barrier_init(&s->empty[stage], GROUP_THREADS / WARP);
         }
         barrier_init_done();
@@ -150,6 +190,11 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1)
     if (warp == PRODUCER_WARP) {
         if (threadIdx.x % WARP == 0)
             produce(s, job, &x_map, &gate_map, (int)at.token, (int)(at.side * job.n + at.key), chunks);
+        return;
+    }
+    if (warp == NORM_WARP) {
+        if (job.mean)
+            make_norm(s, job, chunks);
         return;
     }
     float sums[64] = {};
@@ -169,8 +214,8 @@ template <typename E> static fmoe_status run(router_job job, const fmoe_router_a
     TRY(describe_matrix("router_gate.weight", &gate_map, args->dtype, args->gate, 2 * args->n, args->d, TILE_KEYS));
     TRY(cuda_call("wgmma_kernel",
                   cudaFuncSetAttribute(wgmma_kernel<E>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared)));
-    return launch_overlapping("wgmma_kernel", true, wgmma_kernel<E>, router_tiles(job), WGMMA_THREADS, shared, stream,
-                              job, x_map, gate_map, (const E *)args->x, (const E *)args->gate);
+    return launch_overlapping("wgmma_kernel", !job.mean, wgmma_kernel<E>, router_tiles(job), WGMMA_THREADS, shared,
+                              stream, job, x_map, gate_map, (const E *)args->x, (const E *)args->gate);
 }
 
 extern "C" fmoe_status cuda_router_wgmma(const void *arguments, void *workspace, size_t bytes, void *stream) {
@@ -182,7 +227,10 @@ extern "C" fmoe_status cuda_router_wgmma(const void *arguments, void *workspace,
     if (args->T == 0)
         return FMOE_OK;
     router_job job = router_job_of(args, s);
-    TRY(router_set_norm(args, s, true, (cudaStream_t)stream));
+    if (args->training)
+        TRY(router_set_norm(args, s, true, (cudaStream_t)stream));
+    else
+        job.mean = args->running_mean, job.var = args->running_var;
     if (args->dtype == FMOE_F16)
         TRY(run<__half>(job, args, (cudaStream_t)stream));
     else

@@ -63,7 +63,7 @@ static void free_all(void) {
 static const struct {
     const fmoe_step *step;
     const fmoe_rung *rungs;
-    const char *cases[6];
+    const char *cases[8];
 } ladders[] = {
     {&fmoe_step_router,
      cuda_router_rungs,
@@ -85,7 +85,7 @@ static const struct {
     {&fmoe_step_mlp,
      cuda_mlp_rungs,
      {"T5-d19-I33-f32", "T130-d72-I104-bf16", "T1-d264-I520-bf16", "T9-d136-I264-f16", "T50-d256-I520-bf16",
-      "T37-d72-I104-bf16"}},
+      "T37-d72-I104-bf16", "T3370-d520-I904-bf16", "T5700-d264-I136-bf16"}},
     {&fmoe_step_router_backward,
      cuda_router_backward_rungs,
      {"T67-d40-n13-f32-train", "T260-d136-n33-bf16-train", "T257-d72-n10-f16", "T9-d7-n3-bf16-train"}},
@@ -326,7 +326,7 @@ int main(int argc, char **argv) {
         return run_fault(argv[2]);
     const char *only = argc == 2 ? argv[1] : NULL;
     for (size_t i = 0; i < sizeof ladders / sizeof ladders[0]; i++)
-        for (int c = 0; c < 6 && ladders[i].cases[c]; c++)
+        for (int c = 0; c < 8 && ladders[i].cases[c]; c++)
             if (!only || strcmp(only, ladders[i].step->op) == 0)
                 run_ladder(ladders[i].step, ladders[i].rungs, ladders[i].cases[c]);
     if (only)
