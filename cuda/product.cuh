@@ -17,8 +17,8 @@
 //
 // KERNEL. product_launch<E, COLUMNS, A_DOWN, B_DOWN>(name, work, maps, epilogue, overlap, stream). COLUMNS of a tile:
 // 256 or 128, a block's tile is 128 rows by so many. overlap: starts while the kernel before ends and waits for it
-// before it reads anything. The kernel lets the next one start early in the same way. If A is what the kernel before
-// makes, tile after tile, this one can begin with the rows that are complete: product_early and work.ready.
+// before it reads anything. The kernel lets the next one start early in the same way, at once or, with work.early, when
+// it has got so far.
 //
 // EPILOGUE. A struct passed by value (CUtensorMaps are welcome in it), called by each of the two warpgroups of a block
 // with its 64 rows of every tile (of every part of the depth):
@@ -54,8 +54,7 @@ typedef struct {
     int cluster; // blocks that share B: 2, or 1
     int band;    // the tiles of so many clusters' rows are walked column by column before the next rows
     int blocks;  // at most so many at once; 0: one a multiprocessor
-    int early;   // tiles that are stored before the next kernel may start; 0: it may at once
-    int ready;   // A's rows that the kernel before has stored when this one starts early; for the others it must end
+    int early;   // the tile with which the next kernel may start; 0: it may at once
 } product_work;
 
 typedef struct {
@@ -162,67 +161,78 @@ __device__ inline void bring_rows(E *to, const CUtensorMap *map, int row, int de
 }
 
 // [product-producer]
-// One block of the depth: this block's rows of A, and B. Two blocks of a cluster have different rows and the same
-// columns: each brings half of B to both.
-template <typename E, int COLUMNS, bool A_DOWN, bool B_DOWN>
-__device__ inline void bring_stage(const product_work &work, const product_maps &maps, const product_tile &tile,
-                                   int block, int rank, E *a, E *b, uint64_t *full) {
+// What a tile's blocks of the depth are copied from: this block's rows of A, and B in halves. Two blocks of a cluster
+// have different rows and the same columns: each brings half of B to both. A block of the depth leaves one thread 1,000
+// cycles, so what does not change with the depth is found once a tile.
+template <bool CLUSTER> struct product_source {
+    const CUtensorMap *a, *b[CLUSTER ? 1 : 2];
+    int row, columns[CLUSTER ? 1 : 2];
+};
+
+template <int COLUMNS, bool CLUSTER>
+__device__ inline product_source<CLUSTER> product_source_of(const product_work &work, const product_maps &maps,
+                                                            const product_tile &tile, int rank, int second) {
     constexpr int HALF = COLUMNS / 2;
-    int depth = block * TILE_DEPTH, second = depth >= work.second_from;
-    int row = (tile.row * work.cluster + rank) * PRODUCT_ROWS;
-    depth -= second ? work.second_from : 0;
-    barrier_arrive_expecting(full, (PRODUCT_ROWS + COLUMNS) * TILE_DEPTH * 2);
-    bring_rows<E, A_DOWN, false>(a, &maps.a[second], row, depth, PRODUCT_ROWS, full);
-    for (int half = 0; half < 2; half++) {
-        const CUtensorMap *map = &maps.b[work.paired ? half : second];
-        int column = work.paired ? tile.column * HALF : tile.column * COLUMNS + half * HALF;
-        E *to = b + half * HALF * TILE_DEPTH;
-        if (work.cluster == 1)
-            bring_rows<E, B_DOWN, false>(to, map, column, depth, HALF, full);
-        else if (half == rank)
-            bring_rows<E, B_DOWN, true>(to, map, column, depth, HALF, full);
+    product_source<CLUSTER> from;
+    from.a = &maps.a[second], from.row = (CLUSTER ? 2 * tile.row + rank : tile.row) * PRODUCT_ROWS;
+    for (int i = 0; i < (CLUSTER ? 1 : 2); i++) {
+        int half = CLUSTER ? rank : i;
+        from.b[i] = &maps.b[work.paired ? half : second];
+        from.columns[i] = work.paired ? tile.column * HALF : tile.column * COLUMNS + half * HALF;
     }
+    return from;
+}
+
+template <typename E, int COLUMNS, bool A_DOWN, bool B_DOWN, bool CLUSTER>
+__device__ inline void bring_stage(const product_source<CLUSTER> &from, int depth, int rank, E *a, E *b,
+                                   uint64_t *full) {
+    constexpr int HALF = COLUMNS / 2;
+    barrier_arrive_expecting(full, (PRODUCT_ROWS + COLUMNS) * TILE_DEPTH * 2);
+    bring_rows<E, A_DOWN, false>(a, from.a, from.row, depth, PRODUCT_ROWS, full);
+    for (int i = 0; i < (CLUSTER ? 1 : 2); i++)
+        bring_rows<E, B_DOWN, CLUSTER>(b + (CLUSTER ? rank : i) * HALF * TILE_DEPTH, from.b[i], from.columns[i], depth,
+                                       HALF, full);
 }
 // [/product-producer]
 
-// The consumers find a tile's place beside its data: no division keeps the tensor cores waiting.
-template <typename E, int COLUMNS, bool A_DOWN, bool B_DOWN, typename S>
-__device__ inline void product_produce(S *s, const product_work &work, const product_maps &maps, int rank) {
+// The consumers find a tile's place beside its last block: no division keeps the tensor cores waiting.
+template <typename E, int COLUMNS, bool A_DOWN, bool B_DOWN, bool CLUSTER, typename S>
+__device__ inline void product_bring(S *s, const product_work &work, const product_maps &maps, int rank) {
     int down = product_tiles_down(work), across = product_tiles_across(work, COLUMNS);
     int cluster = blockIdx.x / work.cluster, clusters = gridDim.x / work.cluster;
     int width = work.paired ? COLUMNS / 2 : COLUMNS;
-    bool must_wait = work.ready > 0;
     product_turn turn = {0, 0};
     for (int number = cluster; number < down * across * work.splits; number += clusters) {
         product_tile tile = product_tile_of(work, number, down, across);
         product_part part = product_part_of(work, number, down, across);
-        product_corner corner = {(tile.row * work.cluster + rank) * PRODUCT_ROWS, tile.column * width, part.split};
-        if (must_wait && corner.row + PRODUCT_ROWS > work.ready)
-            wait_for_kernel_before(), must_wait = false;
-        for (int block = 0; block < part.count; block++) {
+        int depth = part.first * TILE_DEPTH, until = work.second_from;
+        product_source<CLUSTER> from = product_source_of<COLUMNS, CLUSTER>(work, maps, tile, rank, 0);
+        product_corner corner = {from.row, tile.column * width, part.split};
+        for (int left = part.count; left > 0; left--) {
+            if (depth >= until) {
+                from = product_source_of<COLUMNS, CLUSTER>(work, maps, tile, rank, 1);
+                depth -= until, until = INT_MAX;
+            }
             barrier_wait(&s->empty[turn.stage], turn.parity ^ 1);
-            s->corners[turn.stage] = corner;
-            bring_stage<E, COLUMNS, A_DOWN, B_DOWN>(work, maps, tile, part.first + block, rank, s->a[turn.stage],
-                                                    s->b[turn.stage], &s->full[turn.stage]);
+            if (left == 1)
+                s->corners[turn.stage] = corner;
+            bring_stage<E, COLUMNS, A_DOWN, B_DOWN>(from, depth, rank, s->a[turn.stage], s->b[turn.stage],
+                                                    &s->full[turn.stage]);
+            depth += TILE_DEPTH;
             turn.template next<S::STAGES>();
         }
     }
 }
 
-// ---- The warpgroups that multiply ----
-
-// [early]
-// The tiles before this one can be read by the next kernel, which may start: both warpgroups' boxes are written, not
-// only read from shared memory.
-__device__ inline void product_let_next_start() {
-    if (threadIdx.x % PRODUCT_GROUP == 0) {
-        store_box_wait();
-        stores_seen_by_copies();
-    }
-    barrier_sync(3, 2 * PRODUCT_GROUP);
-    start_next_kernel();
+template <typename E, int COLUMNS, bool A_DOWN, bool B_DOWN, typename S>
+__device__ inline void product_produce(S *s, const product_work &work, const product_maps &maps, int rank) {
+    if (work.cluster > 1)
+        product_bring<E, COLUMNS, A_DOWN, B_DOWN, true>(s, work, maps, rank);
+    else
+        product_bring<E, COLUMNS, A_DOWN, B_DOWN, false>(s, work, maps, rank);
 }
-// [/early]
+
+// ---- The warpgroups that multiply ----
 
 // This warpgroup is done with a stage: says so to every block that writes into it.
 __device__ inline void product_release(uint64_t *empty, int cluster) {
@@ -281,12 +291,13 @@ template <typename E, int COLUMNS, bool A_DOWN, bool B_DOWN, typename S, typenam
 __device__ inline void product_consume(S *s, const product_work &work, const Epilogue &epilogue, int group) {
     int down = product_tiles_down(work), across = product_tiles_across(work, COLUMNS);
     int cluster = blockIdx.x / work.cluster, clusters = gridDim.x / work.cluster;
-    bool early = work.early > 0;
     product_turn turn = {0, 0};
     for (int number = cluster; number < down * across * work.splits; number += clusters) {
         product_part part = product_part_of(work, number, down, across);
-        if (early && number >= work.early)
-            product_let_next_start(), early = false;
+        // [early]
+        if (work.early > 0 && number >= work.early)
+            start_next_kernel(); // where all blocks have got so far; the next one waits before it reads
+        // [/early]
         float sums[COLUMNS / 2];
         product_corner corner = product_multiply<E, A_DOWN, B_DOWN>(s, turn, part.count, group, work.cluster, sums);
         product_place at = {corner.row + group * 64, corner.column, corner.split, (int)threadIdx.x % PRODUCT_GROUP,
@@ -326,8 +337,7 @@ __global__ void __launch_bounds__(PRODUCT_THREADS, 1)
     product_set_up(s, work.cluster);
     if (work.early == 0)
         start_next_kernel();
-    if (work.ready == 0)
-        wait_for_kernel_before();
+    wait_for_kernel_before();
     if (group == 2) {
         give_registers<40>();
         if (threadIdx.x == 2 * PRODUCT_GROUP)
@@ -386,8 +396,7 @@ static inline double product_clocks(const product_work &work, int columns) {
 // The cheapest number of parts, each at least four blocks deep.
 static inline product_work product_plan(int64_t rows, int64_t columns, int64_t depth, int tile_columns,
                                         int max_splits) {
-    product_work best = {(int)rows, (int)columns, (int)depth, INT_MAX, false, 1, rows > PRODUCT_ROWS ? 2 : 1, 8, 0, 0,
-                         0};
+    product_work best = {(int)rows, (int)columns, (int)depth, INT_MAX, false, 1, rows > PRODUCT_ROWS ? 2 : 1, 8, 0, 0};
     int limit = min(max_splits, product_depth_blocks(best) / 4);
     for (product_work work = best; work.splits <= limit; work.splits++)
         if (product_clocks(work, tile_columns) < product_clocks(best, tile_columns))
@@ -395,11 +404,10 @@ static inline product_work product_plan(int64_t rows, int64_t columns, int64_t d
     return best;
 }
 
-// Lets the next kernel start when all bands but the last one are stored: the rows of C that are then complete, or 0.
-static inline int product_early(product_work *work, int tile_columns) {
-    int rows = (product_tiles_down(*work) - 1) / work->band * work->band;
-    work->early = rows * product_tiles_across(*work, tile_columns);
-    return rows * work->cluster * PRODUCT_ROWS;
+// The first tile of the last band; 0 if there is one band.
+static inline int product_last_band(const product_work &work, int tile_columns) {
+    int rows = (product_tiles_down(work) - 1) / work.band * work.band;
+    return rows * product_tiles_across(work, tile_columns);
 }
 
 // Blocks of a product in clusters, with all of a multiprocessor's shared memory.

@@ -179,6 +179,21 @@ __device__ inline void barrier_leave(int barrier, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
+// ---- Counters in memory by which blocks of a grid wait for each other (sm_70) ----
+
+// Adds, after everything that this thread has stored or, through a barrier, has seen ...
+__device__ inline void add_release(int *counter, int value) {
+    asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
+}
+
+// ... and waits for a sum, before everything that follows.
+__device__ inline void wait_acquire(const int *counter, int sum) {
+    int value;
+    do
+        asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
+    while (value < sum);
+}
+
 // ---- sm_90: clusters, blocks on neighbouring multiprocessors that reach one another's shared memory ----
 
 __device__ inline unsigned cluster_rank() {
@@ -192,6 +207,18 @@ __device__ inline void cluster_sync() {
     asm volatile("barrier.cluster.arrive.aligned;\n"
                  "barrier.cluster.wait.aligned;" ::
                      : "memory");
+}
+
+// Four bytes to the same place in block `rank` of the cluster, completing on the barrier of the same place there.
+__device__ inline void store_in_completing(int *place, int value, uint64_t *barrier, unsigned rank) {
+    asm volatile("{\n"
+                 ".reg .b32 there, done;\n"
+                 "mapa.shared::cluster.u32 there, %0, %3;\n"
+                 "mapa.shared::cluster.u32 done, %2, %3;\n"
+                 "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [there], %1, [done];\n"
+                 "}" ::"r"(shared_address(place)),
+                 "r"(value), "r"(shared_address(barrier)), "r"(rank)
+                 : "memory");
 }
 
 // ---- sm_90: copies by the copy engine, completing on a barrier ----
@@ -242,10 +269,10 @@ __device__ inline void shared_stores_done() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// After store_box_wait, before another kernel's copies may read what was stored.
-__device__ inline void stores_seen_by_copies() {
+// Between what the copy engine does in global memory and what ordinary instructions do there, on both sides: after
+// store_box_wait, before others are told; and after being told, before the copies that read it.
+__device__ inline void copies_and_others() {
     asm volatile("fence.proxy.async.global;" ::: "memory");
-    __threadfence();
 }
 
 // A multiple of 16 bytes, both ends aligned to 16.

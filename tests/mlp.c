@@ -597,8 +597,9 @@ static const char *gpu_multiples(const int64_t *size, uint64_t seed) {
 CUDA_SENTENCE(6, 20, "Where rows are multiples of 16 bytes, tensor cores compute the MLP of any number of tokens.",
               "the copy engine wants such rows, and fills up what lies outside with zeros", "fmoe_mlp") {
     for_random_sizes("T d/8 I/8 dtype", gpu_multiples, 40, (int64_t[]){1, 1, 1, 1}, (int64_t[]){300, 40, 60, 2});
-    /* Several bands of tiles: the second product begins when all but the last are there. */
-    for_sizes("T d I dtype", gpu_matches, SIZES({2200, 72, 520, 1}, {4300, 256, 4224, 2}));
+    /* Tiles in several bands; both products in one kernel, the second reading what the first has just stored, without
+     * tiles that are cut and with them. */
+    for_sizes("T d I dtype", gpu_matches, SIZES({2200, 72, 520, 1}, {5700, 264, 136, 2}, {3370, 520, 904, 1}));
 }
 
 static const char *gpu_repeats(const int64_t *size, uint64_t seed) {
@@ -611,9 +612,9 @@ CUDA_SENTENCE(6, 21, "Every GPU rung of the MLP writes the same bits in every ru
               "three runs; a graph replayed with new data; two streams that start together") {
     for_sizes("T d I dtype", gpu_repeats,
               SIZES({1, 1024, 512, 2}, {3, 7, 5, 0}, {20, 256, 520, 1}, {64, 1024, 1024, 2}, {200, 1024, 2048, 2},
-                    {300, 72, 104, 0}));
+                    {300, 72, 104, 0}, {3370, 520, 904, 2}));
     static const char *const cases[] = {"T1-d1024-I512-bf16", "T40-d256-I512-f16", "T300-d512-I1024-bf16",
-                                        "T67-d33-I70-f32"};
+                                        "T67-d33-I70-f32", "T3370-d520-I904-bf16"};
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         const char *wrong = rungs_replay(&fmoe_step_mlp, gpu_rungs(), fresh_seed(), cases[i]);
         expect(wrong == HOLDS, "%s: %s", cases[i], wrong);

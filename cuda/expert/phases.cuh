@@ -226,10 +226,10 @@ __device__ inline void pre_activations(const expert_task &a, int t, int first_co
 
 // [add-rows]
 // sum += Σ activation · up[e] over the slice for up to 32 pairs, whose experts the lanes have. Their activations are
-// asked for after the first rows are on their way; with `wait` they are another kernel's, which may still run.
-template <typename R>
-__device__ inline void add_rows(const expert_task &a, int first_column, int32_t expert, int64_t pair, int pairs,
-                                bool wait, int lane, float (&sum)[R::PARTS]) {
+// asked for after the first rows are on their way.
+template <typename R, typename Activation>
+__device__ inline void add_rows_times(const expert_task &a, int first_column, int32_t expert, int pairs, int lane,
+                                      const Activation &activation_of_pair, float (&sum)[R::PARTS]) {
     typedef typename R::element E;
     uint64_t slice = slice_of<R>(a.up, a.d, first_column, expert);
     int side = lane / R::LANES, columns = a.d - first_column;
@@ -240,11 +240,8 @@ __device__ inline void add_rows(const expert_task &a, int first_column, int32_t 
 #pragma unroll
         for (int r = 0; r < R::ROWS; r++)
             load_row<R>(slice, j + r * R::ABREAST + side, columns, lane, row[r]);
-        if (j == 0) {
-            if (wait)
-                wait_for_kernel_before();
-            activation = expert >= 0 ? a.activations[pair] : 0;
-        }
+        if (j == 0)
+            activation = activation_of_pair();
 #pragma unroll
         for (int r = 0; r < R::ROWS; r++) {
             float scale = __shfl_sync(ALL_LANES, activation, j + r * R::ABREAST + side);
@@ -260,6 +257,18 @@ __device__ inline void add_rows(const expert_task &a, int first_column, int32_t 
     }
 }
 // [/add-rows]
+
+// With `wait` the activations are another kernel's, which may still run.
+template <typename R>
+__device__ inline void add_rows(const expert_task &a, int first_column, int32_t expert, int64_t pair, int pairs,
+                                bool wait, int lane, float (&sum)[R::PARTS]) {
+    auto activation_of_pair = [&] {
+        if (wait)
+            wait_for_kernel_before();
+        return expert >= 0 ? a.activations[pair] : 0.0f;
+    };
+    add_rows_times<R>(a, first_column, expert, pairs, lane, activation_of_pair, sum);
+}
 
 // Adds up the warps' sums in the order of the warps: store(column, sum) for each of `columns` columns.
 template <typename R, typename Store>

@@ -105,6 +105,12 @@ static fmoe_status choose_for_few(const fmoe_layer_args *a, const layer_scratch 
     return find_best(a, s, stream);
 }
 
+// All experts, on all multiprocessors.
+static fmoe_status experts(const fmoe_layer_args *a, const layer_scratch &s, cudaStream_t stream) {
+    int columns, items = routed_items(a, false, &columns);
+    return routed_experts(a, s, {false, 0, 0, items, NULL}, stream);
+}
+
 static fmoe_status mlp(const fmoe_layer_args *a, const layer_scratch &s, mlp_join join, cudaStream_t stream) {
     fmoe_mlp_args args = {a->T, a->d, a->I, a->dtype, a->x, a->gate_proj, a->up_proj, a->down_proj, a->y};
     return cuda_mlp_into(&args, &join, s.mlp, s.mlp_bytes, stream);
@@ -115,7 +121,7 @@ static fmoe_status mlp(const fmoe_layer_args *a, const layer_scratch &s, mlp_joi
 static fmoe_status in_turn(const fmoe_layer_args *a, const layer_scratch &s, const fmoe_cuda_side *,
                            cudaStream_t stream) {
     TRY(choose_experts(a, s, stream));
-    TRY(routed_experts(a, s, false, 0, stream));
+    TRY(experts(a, s, stream));
     return mlp(a, s, {s.routed, NULL, 0, NULL}, stream);
 }
 // [/in-turn]
@@ -145,18 +151,26 @@ static fmoe_status two_streams(const fmoe_layer_args *a, const layer_scratch &s,
                                cudaStream_t stream) {
     TRY(fork(side, stream));
     TRY(choose_experts(a, s, side->stream));
-    TRY(routed_experts(a, s, false, 0, side->stream));
+    TRY(experts(a, s, side->stream));
     TRY(cuda_call("cudaEventRecord", cudaEventRecord(side->join, side->stream)));
     return mlp(a, s, {s.routed, side->join, 0, NULL}, stream);
 }
 // [/two-streams]
 
-// Launch: a thread for 4 elements, 256 threads a block. Shared memory: none. Traffic: 8 bytes an element in, mostly
-// from the L2, and y out.
+// Items as routed_items counts them.
+typedef struct {
+    int first, end, columns;
+} add_items;
+
+// Launch: a thread for 4 elements, 256 threads a block at most; blocks across an item in y. Shared memory: none.
+// Traffic: 8 bytes an element in, mostly from the L2, and y out.
 // [add]
-template <typename E> __global__ void __launch_bounds__(256) add_kernel(int64_t count, layer_scratch s, E *y) {
-    int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * 4;
-    if (at + 4 <= count) {
+template <typename E>
+__global__ void __launch_bounds__(256) add_kernel(int T, int d, add_items items, layer_scratch s, E *y) {
+    int item = items.first + blockIdx.x, begin = item / T * items.columns, end = min(d, begin + items.columns);
+    int column = begin + (blockIdx.y * blockDim.x + threadIdx.x) * 4;
+    int64_t at = (int64_t)(item % T) * d + column;
+    if (d % 4 == 0 && column < end) { // and then slices are multiples of four too
         struct alignas(4 * sizeof(E)) {
             E at[4];
         } out;
@@ -165,16 +179,22 @@ template <typename E> __global__ void __launch_bounds__(256) add_kernel(int64_t 
         out.at[2] = from_f32<E>(shared.z + routed.z), out.at[3] = from_f32<E>(shared.w + routed.w);
         *(decltype(out) *)(y + at) = out;
     } else {
-        for (; at < count; at++)
-            y[at] = from_f32<E>(s.shared[at] + s.routed[at]);
+        for (int i = 0; i < 4 && column + i < end; i++)
+            y[at + i] = from_f32<E>(s.shared[at + i] + s.routed[at + i]);
     }
 }
 // [/add]
 
-static fmoe_status add_branches(const fmoe_layer_args *a, const layer_scratch &s, cudaStream_t stream) {
-    int64_t count = a->T * a->d;
-    WITH_DTYPE(a->dtype, E, add_kernel<E><<<(unsigned)ceil_div(count, 4 * 256), 256, 0, stream>>>(count, s, (E *)a->y));
+static fmoe_status add_some(const fmoe_layer_args *a, const layer_scratch &s, const add_items &items,
+                            cudaStream_t stream) {
+    int fours = (int)ceil_div(items.columns, 4), threads = min(256, (fours + WARP - 1) / WARP * WARP);
+    dim3 blocks((unsigned)(items.end - items.first), (unsigned)ceil_div(fours, threads));
+    WITH_DTYPE(a->dtype, E, add_kernel<E><<<blocks, threads, 0, stream>>>((int)a->T, (int)a->d, items, s, (E *)a->y));
     return launched("add_kernel");
+}
+
+static fmoe_status add_branches(const fmoe_layer_args *a, const layer_scratch &s, cudaStream_t stream) {
+    return add_some(a, s, {0, (int)a->T, (int)a->d}, stream);
 }
 
 static int device_multiprocessors(void) {
@@ -184,27 +204,51 @@ static int device_multiprocessors(void) {
     return count;
 }
 
+// [many]
+// With many tokens, router and top-k have all multiprocessors first. The MLP's second product is launched while the
+// first one ends, so that its blocks sit down where those of the first get up, before a gather does. The experts'
+// second phase comes in two parts: the second, which ends after the MLP, adds the MLP's sum by itself; the first is
+// added meanwhile. (With fewer tokens the MLP ends last.)
+#define PARTS_TOKENS 2048
+
+static fmoe_status divided_many(const fmoe_layer_args *a, const layer_scratch &s, int products,
+                                const fmoe_cuda_side *side, cudaStream_t stream) {
+    int columns, items = routed_items(a, true, &columns);
+    int first = a->T >= PARTS_TOKENS ? (int)((int64_t)items * 10 / 16) : items;
+    TRY(choose_experts(a, s, stream));
+    TRY(fork(side, stream));
+    TRY(mlp(a, s, {NULL, NULL, products, s.shared}, side->stream));
+    TRY(cuda_call("cudaEventRecord", cudaEventRecord(side->join, side->stream)));
+    TRY(routed_experts(a, s, {true, 0, 0, first, NULL}, stream));
+    TRY(fork(side, stream));
+    TRY(add_some(a, s, {0, first, columns}, side->stream));
+    if (first < items) {
+        TRY(cuda_call("cudaStreamWaitEvent", cudaStreamWaitEvent(stream, side->join, 0)));
+        TRY(routed_experts(a, s, {true, 0, first, items, s.shared}, stream));
+    }
+    return join(side, stream);
+}
+// [/many]
+
 // [divided]
 // Two kernels that fill a multiprocessor each do not run side by side by themselves. So the MLP's products, on a stream
 // of higher priority, get two thirds of the multiprocessors, and the routed branch what is left, and then whatever the
 // products leave. Neither branch waits for the other: both sums are float32, and a last kernel adds and rounds them.
-// A router that would need more than its third has all of them first.
-// With many tokens the second product is launched while the first one ends, so that its blocks sit down where those of
-// the first get up, before a gather does. With some hundreds its blocks would sit down too early, on the third that is
-// left to the gathers: an event that has long come makes it an ordinary launch, and the gathers keep to their third.
+// With some hundreds of tokens the second product would sit down too early, on the third that is left to the gathers:
+// an event that has long come makes it an ordinary launch, and the gathers keep to their third.
 #define ROUTER_TOKENS 64 // a pair of blocks of the router, which fill a multiprocessor each
 
 static fmoe_status divided(const fmoe_layer_args *a, const layer_scratch &s, const fmoe_cuda_side *side,
                            cudaStream_t stream) {
     int all = device_multiprocessors(), products = all * 2 / 3 & ~1; // their blocks come in pairs
-    bool many = 2 * ceil_div(a->T, ROUTER_TOKENS) > all - products, early = many || a->T <= TILE_TOKENS;
-    if (many)
-        TRY(choose_experts(a, s, stream));
+    if (2 * ceil_div(a->T, ROUTER_TOKENS) > all - products)          // the router would need more than its third
+        return divided_many(a, s, products, side, stream);
+    bool few = a->T <= TILE_TOKENS;
+    int columns, items = routed_items(a, false, &columns);
     TRY(fork(side, stream));
-    if (!many)
-        TRY(few_logits_fit(a) ? choose_for_few(a, s, stream) : choose_experts(a, s, stream));
-    TRY(mlp(a, s, {NULL, early ? NULL : side->fork, products, s.shared}, side->stream));
-    TRY(routed_experts(a, s, many, early ? 0 : all - products, stream));
+    TRY(few_logits_fit(a) ? choose_for_few(a, s, stream) : choose_experts(a, s, stream));
+    TRY(mlp(a, s, {NULL, few ? NULL : side->fork, products, s.shared}, side->stream));
+    TRY(routed_experts(a, s, {false, few ? 0 : all - products, 0, items, NULL}, stream));
     TRY(join(side, stream));
     return add_branches(a, s, stream);
 }
@@ -315,7 +359,7 @@ static fmoe_status until_topk(const fmoe_layer_args *a, const layer_scratch &s, 
 static fmoe_status until_experts(const fmoe_layer_args *a, const layer_scratch &s, const fmoe_cuda_side *,
                                  cudaStream_t stream) {
     TRY(choose_experts(a, s, stream));
-    return routed_experts(a, s, false, 0, stream);
+    return experts(a, s, stream);
 }
 
 extern "C" fmoe_status cuda_layer_until_router(const void *args, void *workspace, size_t bytes, void *stream) {

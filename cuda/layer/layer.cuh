@@ -27,9 +27,18 @@ fmoe_status layer_check(const fmoe_layer_args *args, const void *workspace, size
 
 // ---- Parts ----
 
-// The expert step of chapter 5 with the sum left in float32. wide: in wider slices of the tables' columns, which are
-// better for a part of the multiprocessors. multiprocessors: how many the first phase keeps to; 0: all. routed.cu
-fmoe_status routed_experts(const fmoe_layer_args *args, const layer_scratch &s, bool wide, int multiprocessors,
+// The expert step of chapter 5 with the sum left in float32. routed.cu
+typedef struct {
+    bool wide;           // in wider slices of the tables' columns, which are better for a part of the multiprocessors
+    int multiprocessors; // that the first phase keeps to; 0: all
+    int first, end;      // of the second phase's items, which may come in two parts; the first brings the first phase
+    const float *shared; // the MLP's sum, to which the experts' is then added for y; or NULL
+} routed_share;
+
+// A token's columns of one slice are an item, all tokens of a slice come before the next slice: how many, and their
+// columns.
+int routed_items(const fmoe_layer_args *args, bool wide, int *columns);
+fmoe_status routed_experts(const fmoe_layer_args *args, const layer_scratch &s, const routed_share &share,
                            cudaStream_t stream);
 size_t routed_experts_bytes(const fmoe_layer_args *args);
 

@@ -10,38 +10,64 @@
 #define ENOUGH_REUSE   4
 #define WARPS_AT_ONCE  2112
 
-// Launch, shared memory and traffic: as output_kernel's (cuda/expert/launch.cuh), and 4 bytes an element out.
-// [routed]
+// Where the columns are sliced, a pair's activation is made of the slices' sums here, again for every slice of the up
+// table: a few loads, and no kernel between the phases.
+typedef struct {
+    int slices;          // whose sums make an activation; 0: activations are there
+    int first;           // item
+    bool overlapped;     // the kernel before may still run
+    const float *shared; // the MLP's sum, to which the last part adds its own for y; or NULL
+} routed_part;
+
+__device__ inline float activation_of(const expert_task &a, int slices, int32_t expert, int64_t pair, float weight) {
+    if (expert == NO_EXPERT)
+        return 0;
+    if (slices == 0)
+        return a.activations[pair];
+    float s = 0;
+    for (int i = 0; i < slices; i++)
+        s += __ldcg(a.partials + (int64_t)i * a.T * a.K + pair);
+    return silu(s) * weight;
+}
+
+// Launch, shared memory and traffic: as output_kernel's (cuda/expert/launch.cuh), and 4 bytes an element out, or 4 in
+// and y out. The phase may be two kernels. The first waits for the first phase and then lets the second start, which so
+// need not wait before it gathers (nor read a first-level cache); it does before it stores, so that both have ended
+// with it, and the MLP too. [routed]
 template <typename R>
 __global__ void __launch_bounds__(R::WARPS *WARP, R::BLOCKS)
-    routed_kernel(expert_task a, float *routed, int width, bool overlapped) {
+    routed_kernel(expert_task a, float *routed, int width, routed_part part) {
+    typedef typename R::element E;
     extern __shared__ float shared[];
-    int slice = blockIdx.x / a.T, t = blockIdx.x % a.T, first_column = slice * width, warps = blockDim.x / WARP;
-    int last_column = min(a.d, first_column + width), lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, begin, end;
+    bool second = part.first > 0;
+    int item = part.first + blockIdx.x, slice = item / a.T, t = item % a.T, first_column = slice * width;
+    int last_column = min(a.d, first_column + width), lane = threadIdx.x % WARP, begin, end;
     share_of_warp<R>(a.K, &begin, &end);
     for (int column = first_column; column < last_column; column += R::WIDTH) {
         float sum[R::PARTS] = {};
         for (int first = begin; first < end; first += WARP) {
+            bool has = first + lane < end;
             int64_t pair = (int64_t)t * a.K + first + lane;
-            int32_t expert = first + lane < end ? expert_of_pair(a, pair) : NO_EXPERT;
-            add_rows<R>(a, column, expert, pair, min(WARP, end - first), overlapped, lane, sum);
+            int32_t expert = has ? expert_of_pair(a, pair) : NO_EXPERT;
+            float weight = has && part.slices > 0 ? a.weights[pair] : 0;
+            auto activation_of_pair = [&] {
+                if (part.overlapped && !second) {
+                    wait_for_kernel_before();
+                    start_next_kernel();
+                }
+                return activation_of(a, part.slices, expert, pair, weight);
+            };
+            add_rows_times<R>(a, column, expert, min(WARP, end - first), lane, activation_of_pair, sum);
         }
-#pragma unroll
-        for (int i = 0; i < R::PARTS; i++) {
-#pragma unroll
-            for (int step = R::LANES; step < WARP; step *= 2)
-                sum[i] += __shfl_xor_sync(ALL_LANES, sum[i], step);
-            if (lane < R::LANES)
-                shared[warp * R::WIDTH + column_of<R>(i, lane)] = sum[i];
-        }
-        __syncthreads();
-        for (int c = threadIdx.x; c < min(R::WIDTH, a.d - column); c += blockDim.x) {
-            float all = 0;
-            for (int w = 0; w < warps; w++)
-                all += shared[w * R::WIDTH + c];
-            routed[(int64_t)t * a.d + column + c] = all;
-        }
-        __syncthreads();
+        if (part.overlapped && second)
+            wait_for_kernel_before();
+        int64_t at = (int64_t)t * a.d + column;
+        join_warps<R>(a.d - column, sum, shared, [&](int c, float all) {
+            if (part.shared)
+                ((E *)a.y)[at + c] = from_f32<E>(part.shared[at + c] + all);
+            else
+                routed[at + c] = all;
+        });
     }
 }
 // [/routed]
@@ -62,26 +88,14 @@ __global__ void __launch_bounds__(R::WARPS *WARP, R::BLOCKS)
 // [/kept-back]
 
 template <typename R>
-static fmoe_status keep_back(const expert_task &a, int warps, int width, int multiprocessors, bool overlap,
-                             cudaStream_t stream) {
+static fmoe_status keep_back(const expert_task &a, int warps, int width, int multiprocessors, cudaStream_t stream) {
     int slices = (int)ceil_div(a.d, width), items = a.T * slices, fit = 1;
-    bool whole = slices == 1;
     TRY(cuda_call("kept_back_kernel",
                   cudaOccupancyMaxActiveBlocksPerMultiprocessor(&fit, kept_back_kernel<R>, warps * WARP, 0)));
     unsigned blocks = (unsigned)min(items, max(1, fit * multiprocessors));
-    kept_back_kernel<R><<<blocks, warps * WARP, 0, stream>>>(a, width, items, whole);
-    TRY(launched("kept_back_kernel"));
-    return whole
-               ? FMOE_OK
-               : launch_overlapping("activations_kernel", overlap, activations_kernel,
-                                    (unsigned)ceil_div((int64_t)a.T * a.K, 256), 256, 0, stream, a, slices, true, true);
+    kept_back_kernel<R><<<blocks, warps * WARP, 0, stream>>>(a, width, items, slices == 1);
+    return launched("kept_back_kernel");
 }
-
-// Where the sum goes, and how many multiprocessors the first phase keeps to; 0: all.
-typedef struct {
-    float *to;
-    int multiprocessors;
-} routed_way;
 
 typedef struct {
     int bytes; // of a row that a slice has, or that a turn has where the row is not sliced
@@ -102,6 +116,7 @@ static plan make_plan(int64_t T, int64_t d, int64_t N, int64_t K, fmoe_dtype dty
     return p;
 }
 
+// A slice's columns, a multiple of what is read at once: the last slice may have fewer, or the only one.
 static int columns_of(plan p, const fmoe_layer_args *args) {
     int64_t columns = p.bytes / (int64_t)fmoe_dtype_size(args->dtype);
     return (int)(p.sliced ? columns : ceil_div(args->d, columns) * columns);
@@ -112,46 +127,58 @@ static plan plan_of(const fmoe_layer_args *args, bool wide) {
 }
 
 template <typename R>
-static fmoe_status phases(const expert_task &a, const routed_way &way, int width, int64_t warps, cudaStream_t stream) {
+static fmoe_status first_phase(const expert_task &a, const routed_share &share, int warps, int width,
+                               cudaStream_t stream) {
+    int slices = (int)ceil_div(a.d, width);
+    bool beside = wants_room(a.T);
+    if (share.multiprocessors > 0 && !beside && slices <= SLICES_KEPT)
+        return keep_back<R>(a, warps, width, share.multiprocessors, stream);
+    if (slices <= SLICES_KEPT)
+        return launch_beside("pre_activations_kernel", beside, false, pre_activations_kernel<R>, (unsigned)a.T * slices,
+                             warps * WARP, 0, stream, a, width, 0, slices == 1);
+    return launch_activations<R>(a, warps, width, fmoe_cuda_level() >= LEVEL_HOPPER, stream);
+}
+
+template <typename R>
+static fmoe_status phases(const expert_task &a, const routed_share &share, float *to, int width, int64_t warps,
+                          cudaStream_t stream) {
     bool overlap = fmoe_cuda_level() >= LEVEL_HOPPER;
     int64_t most = ceil_div(a.K, 4) < R::WARPS ? ceil_div(a.K, 4) : R::WARPS;
     int now = (int)(warps < most ? warps : most), slices = (int)ceil_div(a.d, width);
-    bool beside = wants_room(a.T);
-    if (beside && slices == 1)
-        TRY(launch_beside("pre_activations_kernel", true, false, pre_activations_kernel<R>, (unsigned)a.T, now * WARP,
-                          0, stream, a, width, 0, true));
-    else if (way.multiprocessors > 0 && slices <= SLICES_KEPT)
-        TRY(keep_back<R>(a, now, width, way.multiprocessors, overlap, stream));
-    else
-        TRY(launch_activations<R>(a, now, width, overlap, stream));
-    return launch_beside("routed_kernel", beside, overlap, routed_kernel<R>, (unsigned)a.T * slices, now * WARP,
-                         now * R::WIDTH * sizeof(float), stream, a, way.to, width, overlap);
+    routed_part part = {slices > 1 && slices <= SLICES_KEPT ? slices : 0, share.first, overlap, share.shared};
+    if (share.first == 0)
+        TRY(first_phase<R>(a, share, now, width, stream));
+    return launch_beside("routed_kernel", wants_room(a.T), overlap, routed_kernel<R>,
+                         (unsigned)(share.end - share.first), now * WARP, now * R::WIDTH * sizeof(float), stream, a, to,
+                         width, part);
 }
 
 template <typename E, slice_form F>
-static fmoe_status slices(const expert_task &a, const routed_way &way, int bytes, int width, cudaStream_t stream) {
+static fmoe_status slices(const expert_task &a, const routed_share &share, float *to, int bytes, int width,
+                          cudaStream_t stream) {
     switch (bytes) {
     case 256:
-        return phases<reading<E, F, 16, 1, 4, 4, 8, true>>(a, way, width, 4, stream);
+        return phases<reading<E, F, 16, 1, 4, 4, 8, true>>(a, share, to, width, 4, stream);
     case 512:
-        return phases<reading<E, F, 32, 1, 4, 2, 16, true>>(a, way, width, 1, stream);
+        return phases<reading<E, F, 32, 1, 4, 2, 16, true>>(a, share, to, width, 1, stream);
     case 1024:
-        return phases<reading<E, F, 32, 2, 4, 2, 12, true>>(a, way, width, 2, stream);
+        return phases<reading<E, F, 32, 2, 4, 2, 12, true>>(a, share, to, width, 2, stream);
     default:
-        return phases<reading<E, F, 32, 4, 4, 8, 2, true>>(a, way, width,
+        return phases<reading<E, F, 32, 4, 4, 8, 2, true>>(a, share, to, width,
                                                            WARPS_AT_ONCE / a.T > 2 ? WARPS_AT_ONCE / a.T : 2, stream);
     }
 }
 
 template <typename E>
-static fmoe_status any_row(const expert_task &a, const routed_way &way, plan p, int width, cudaStream_t stream) {
+static fmoe_status any_row(const expert_task &a, const routed_share &share, float *to, plan p, int width,
+                           cudaStream_t stream) {
     typedef reading<E, ELEMENTS, 32, 1, 2, 4, 5, false> elements;
     int row = a.d * (int)sizeof(E);
     if (row % 16 != 0)
-        return phases<elements>(a, way, (int)ceil_div(a.d, elements::WIDTH) * elements::WIDTH, 4, stream);
+        return phases<elements>(a, share, to, (int)ceil_div(a.d, elements::WIDTH) * elements::WIDTH, 4, stream);
     if (row % p.bytes == 0)
-        return slices<E, WHOLE_SLICES>(a, way, p.bytes, width, stream);
-    return slices<E, CUT_SLICES>(a, way, p.bytes, width, stream);
+        return slices<E, WHOLE_SLICES>(a, share, to, p.bytes, width, stream);
+    return slices<E, CUT_SLICES>(a, share, to, p.bytes, width, stream);
 }
 
 size_t routed_experts_bytes(const fmoe_layer_args *args) {
@@ -159,9 +186,15 @@ size_t routed_experts_bytes(const fmoe_layer_args *args) {
     return expert_bytes(args->T, args->K, slices == 1 ? 0 : slices < SLICES_KEPT ? slices : SLICES_KEPT);
 }
 
-fmoe_status routed_experts(const fmoe_layer_args *args, const layer_scratch &s, bool wide, int multiprocessors,
+int routed_items(const fmoe_layer_args *args, bool wide, int *columns) {
+    int width = columns_of(plan_of(args, wide), args);
+    *columns = width < args->d ? width : (int)args->d;
+    return (int)(args->T * ceil_div(args->d, width));
+}
+
+fmoe_status routed_experts(const fmoe_layer_args *args, const layer_scratch &s, const routed_share &share,
                            cudaStream_t stream) {
-    plan p = plan_of(args, wide);
+    plan p = plan_of(args, share.wide);
     expert_task a = {(int)args->T,
                      (int)args->d,
                      (int)args->N,
@@ -172,11 +205,11 @@ fmoe_status routed_experts(const fmoe_layer_args *args, const layer_scratch &s, 
                      args->up_embed,
                      s.indices,
                      s.weights,
-                     NULL,
+                     args->y,
                      NULL,
                      NULL,
                      NULL,
                      NULL};
     expert_lay_out(&a, s.experts);
-    WITH_DTYPE(args->dtype, E, return any_row<E>(a, {s.routed, multiprocessors}, p, columns_of(p, args), stream));
+    WITH_DTYPE(args->dtype, E, return any_row<E>(a, share, s.routed, p, columns_of(p, args), stream));
 }
