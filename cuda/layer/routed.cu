@@ -1,5 +1,6 @@
 // The expert step of chapter 5 as the layer needs it: the sum over a token's experts stays in float32, so that y is
-// rounded once, after the MLP's part was added. The first phase is chapter 5's; of the second only the store differs.
+// rounded once, with the MLP's part. The first phase is chapter 5's; the second makes the activations on the way, may
+// come in two kernels, and stores as it is asked to.
 #include "../../chapters/workspace.h"
 #include "../expert/launch.cuh"
 #include "layer.cuh"
@@ -33,7 +34,9 @@ __device__ inline float activation_of(const expert_task &a, int slices, int32_t 
 // Launch, shared memory and traffic: as output_kernel's (cuda/expert/launch.cuh), and 4 bytes an element out, or 4 in
 // and y out. The phase may be two kernels. The first waits for the first phase and then lets the second start, which so
 // need not wait before it gathers (nor read a first-level cache); it does before it stores, so that both have ended
-// with it, and the MLP too. [routed]
+// with it, and the MLP too.
+
+// [routed]
 template <typename R>
 __global__ void __launch_bounds__(R::WARPS *WARP, R::BLOCKS)
     routed_kernel(expert_task a, float *routed, int width, routed_part part) {
