@@ -7,7 +7,7 @@
 // maps.
 //     product_maps maps = {};
 //     TRY(describe_a<A_DOWN>("x", &maps.a[0], dtype, x, rows, depth, pitch));
-//     TRY(describe_b<B_DOWN, COLUMNS>("gate", &maps.b[0], dtype, gate, columns, depth, pitch));
+//     TRY(describe_b<B_DOWN, COLUMNS>("gate", &maps.b[0], dtype, gate, columns, depth, pitch)); // , 4 in clusters of 4
 // A sum of two products, A₀·B₀ᵀ + A₁·B₁ᵀ, has the second pair in a[1], b[1], and work.second_from = depth of the first,
 // a multiple of 64. work.paired: C's tiles have COLUMNS / 2 columns of B₀ and the same columns of B₁ beside each other
 // (gate and up), work.columns counts those of one, and the epilogue gets both.
@@ -51,7 +51,7 @@ typedef struct {
     int second_from;          // where in the depth the second pair of maps begins; INT_MAX: nowhere
     bool paired;
     int splits;  // parts of the depth
-    int cluster; // blocks that share B: 2, or 1
+    int cluster; // blocks that share B: 1, 2, or 4 where tiles have 256 columns
     int band;    // the tiles of so many clusters' rows are walked column by column before the next rows
     int blocks;  // at most so many at once; 0: one a multiprocessor
     int early;   // the tile with which the next kernel may start; 0: it may at once
@@ -141,62 +141,66 @@ struct product_turn {
 
 // ---- The warp that brings the operands ----
 
-template <bool TO_CLUSTER>
+template <int BLOCKS>
 __device__ inline void bring_box(void *to, const CUtensorMap *map, int column, int row, uint64_t *full) {
-    if constexpr (TO_CLUSTER)
-        copy_box_to_cluster(to, map, column, row, full, 3);
+    if constexpr (BLOCKS > 1)
+        copy_box_to_cluster(to, map, column, row, full, (1 << BLOCKS) - 1);
     else
         copy_box(to, map, column, row, full);
 }
 
-// `count` rows of an operand by 64 of its depth.
-template <typename E, bool DOWN, bool TO_CLUSTER>
+// `count` rows of an operand by 64 of its depth, to so many blocks of the cluster.
+template <typename E, bool DOWN, int BLOCKS>
 __device__ inline void bring_rows(E *to, const CUtensorMap *map, int row, int depth, int count, uint64_t *full) {
     if constexpr (DOWN) {
         for (int panel = 0; panel < count / 64; panel++)
-            bring_box<TO_CLUSTER>(to + panel * PRODUCT_PANEL, map, row + panel * 64, depth, full);
+            bring_box<BLOCKS>(to + panel * PRODUCT_PANEL, map, row + panel * 64, depth, full);
     } else {
-        bring_box<TO_CLUSTER>(to, map, depth, row, full);
+        bring_box<BLOCKS>(to, map, depth, row, full);
     }
 }
 
 // [product-producer]
-// What a tile's blocks of the depth are copied from: this block's rows of A, and B in halves. Two blocks of a cluster
-// have different rows and the same columns: each brings half of B to both. A block of the depth leaves one thread 1,000
-// cycles, so what does not change with the depth is found once a tile.
-template <bool CLUSTER> struct product_source {
-    const CUtensorMap *a, *b[CLUSTER ? 1 : 2];
-    int row, columns[CLUSTER ? 1 : 2];
+// What a tile's blocks of the depth are copied from: this block's rows of A, and B in halves, or in quarters in a cluster
+// of four. The blocks of a cluster have different rows and the same columns: each brings one part of B to all of them. A
+// block of the depth leaves one thread 1,000 cycles, so what does not change with the depth is found once a tile.
+template <int CLUSTER> struct product_source {
+    static constexpr int PARTS = CLUSTER > 2 ? CLUSTER : 2, OWN = PARTS / CLUSTER;
+    const CUtensorMap *a, *b[OWN];
+    int row, columns[OWN];
 };
 
-template <int COLUMNS, bool CLUSTER>
+template <int COLUMNS, int CLUSTER>
 __device__ inline product_source<CLUSTER> product_source_of(const product_work &work, const product_maps &maps,
                                                             const product_tile &tile, int rank, int second) {
-    constexpr int HALF = COLUMNS / 2;
-    product_source<CLUSTER> from;
-    from.a = &maps.a[second], from.row = (CLUSTER ? 2 * tile.row + rank : tile.row) * PRODUCT_ROWS;
-    for (int i = 0; i < (CLUSTER ? 1 : 2); i++) {
-        int half = CLUSTER ? rank : i;
-        from.b[i] = &maps.b[work.paired ? half : second];
-        from.columns[i] = work.paired ? tile.column * HALF : tile.column * COLUMNS + half * HALF;
+    typedef product_source<CLUSTER> source;
+    constexpr int PART = COLUMNS / source::PARTS;
+    source from;
+    from.a = &maps.a[second], from.row = (CLUSTER * tile.row + rank) * PRODUCT_ROWS;
+    for (int i = 0; i < source::OWN; i++) {
+        int part = rank + i;
+        bool up = part >= source::PARTS / 2;
+        from.b[i] = &maps.b[work.paired ? up : second];
+        from.columns[i] = work.paired ? tile.column * (COLUMNS / 2) + part % (source::PARTS / 2) * PART
+                                      : tile.column * COLUMNS + part * PART;
     }
     return from;
 }
 
-template <typename E, int COLUMNS, bool A_DOWN, bool B_DOWN, bool CLUSTER>
+template <typename E, int COLUMNS, bool A_DOWN, bool B_DOWN, int CLUSTER>
 __device__ inline void bring_stage(const product_source<CLUSTER> &from, int depth, int rank, E *a, E *b,
                                    uint64_t *full) {
-    constexpr int HALF = COLUMNS / 2;
+    constexpr int PART = COLUMNS / product_source<CLUSTER>::PARTS;
     barrier_arrive_expecting(full, (PRODUCT_ROWS + COLUMNS) * TILE_DEPTH * 2);
-    bring_rows<E, A_DOWN, false>(a, from.a, from.row, depth, PRODUCT_ROWS, full);
-    for (int i = 0; i < (CLUSTER ? 1 : 2); i++)
-        bring_rows<E, B_DOWN, CLUSTER>(b + (CLUSTER ? rank : i) * HALF * TILE_DEPTH, from.b[i], from.columns[i], depth,
-                                       HALF, full);
+    bring_rows<E, A_DOWN, 1>(a, from.a, from.row, depth, PRODUCT_ROWS, full);
+    for (int i = 0; i < product_source<CLUSTER>::OWN; i++)
+        bring_rows<E, B_DOWN, CLUSTER>(b + (rank + i) * PART * TILE_DEPTH, from.b[i], from.columns[i], depth, PART,
+                                       full);
 }
 // [/product-producer]
 
 // The consumers find a tile's place beside its last block: no division keeps the tensor cores waiting.
-template <typename E, int COLUMNS, bool A_DOWN, bool B_DOWN, bool CLUSTER, typename S>
+template <typename E, int COLUMNS, bool A_DOWN, bool B_DOWN, int CLUSTER, typename S>
 __device__ inline void product_bring(S *s, const product_work &work, const product_maps &maps, int rank) {
     int down = product_tiles_down(work), across = product_tiles_across(work, COLUMNS);
     int cluster = blockIdx.x / work.cluster, clusters = gridDim.x / work.cluster;
@@ -226,10 +230,12 @@ __device__ inline void product_bring(S *s, const product_work &work, const produ
 
 template <typename E, int COLUMNS, bool A_DOWN, bool B_DOWN, typename S>
 __device__ inline void product_produce(S *s, const product_work &work, const product_maps &maps, int rank) {
-    if (work.cluster > 1)
-        product_bring<E, COLUMNS, A_DOWN, B_DOWN, true>(s, work, maps, rank);
+    if (COLUMNS == 256 && work.cluster == 4)
+        product_bring<E, COLUMNS, A_DOWN, B_DOWN, 4>(s, work, maps, rank);
+    else if (work.cluster == 2)
+        product_bring<E, COLUMNS, A_DOWN, B_DOWN, 2>(s, work, maps, rank);
     else
-        product_bring<E, COLUMNS, A_DOWN, B_DOWN, false>(s, work, maps, rank);
+        product_bring<E, COLUMNS, A_DOWN, B_DOWN, 1>(s, work, maps, rank);
 }
 
 // ---- The warpgroups that multiply ----
@@ -319,7 +325,7 @@ template <typename S> __device__ inline void product_set_up(S *s, int cluster) {
     cluster_sync();
 }
 
-// Launch: persistent blocks of 384 threads in clusters of one or two, a block a multiprocessor: one warp that feeds and
+// Launch: persistent blocks of 384 threads in clusters of one, two or four, a block a multiprocessor: one warp that feeds and
 // two warpgroups that multiply. Shared memory: 227 KB, a ring of stages (48 KB each for tiles of 128 × 256) and the
 // epilogue's staging. Traffic: a cluster of two reads 64 KB and does 256 × 256 × 64 products a step.
 template <typename E, int COLUMNS, bool A_DOWN, bool B_DOWN, typename Epilogue>
@@ -368,10 +374,10 @@ static inline fmoe_status describe_a(const char *name, CUtensorMap *map, fmoe_dt
 
 template <bool B_DOWN, int COLUMNS>
 static inline fmoe_status describe_b(const char *name, CUtensorMap *map, fmoe_dtype dtype, const void *b,
-                                     int64_t columns, int64_t depth, int64_t pitch) {
+                                     int64_t columns, int64_t depth, int64_t pitch, int cluster = 2) {
     CUtensorMapL2promotion fetch = CU_TENSOR_MAP_L2_PROMOTION_L2_128B;
     return B_DOWN ? describe_part(name, map, dtype, b, depth, columns, pitch, TILE_DEPTH, fetch)
-                  : describe_part(name, map, dtype, b, columns, depth, pitch, COLUMNS / 2, fetch);
+                  : describe_part(name, map, dtype, b, columns, depth, pitch, COLUMNS / (cluster == 4 ? 4 : 2), fetch);
 }
 
 static inline int multiprocessors(void) {

@@ -11,13 +11,16 @@ typedef enum { WHOLE_SLICES, CUT_SLICES, ELEMENTS } slice_form;
 
 // LANES lanes read a row, each LOADS times 16 bytes; with 16 lanes a warp reads two rows abreast. ROWS: how many loads
 // of that kind before the first is used. WARPS at most share a token's pairs in a block, and registers are to be had
-// for BLOCKS such blocks on a multiprocessor. KEPT: the L2 is asked to keep the table (from sm_80 on).
-template <typename E, slice_form FORM_, int LANES_, int LOADS_, int ROWS_, int WARPS_, int BLOCKS_, bool KEPT_>
+// for BLOCKS such blocks on a multiprocessor. KEPT: the L2 is asked to keep the table (from sm_80 on). TENSOR: tensor
+// cores make the dot products (16-bit types from sm_80 on, whole slices, 32 lanes).
+template <typename E, slice_form FORM_, int LANES_, int LOADS_, int ROWS_, int WARPS_, int BLOCKS_, bool KEPT_,
+          bool TENSOR_ = false>
 struct reading {
     typedef E element;
     static constexpr slice_form FORM = FORM_;
     static constexpr int LANES = LANES_, LOADS = LOADS_, ROWS = ROWS_, WARPS = WARPS_, BLOCKS = BLOCKS_;
-    static constexpr bool VECTORS = FORM != ELEMENTS, KEPT = KEPT_;
+    static constexpr bool VECTORS = FORM != ELEMENTS, KEPT = KEPT_, TENSOR = TENSOR_;
+    static_assert(!TENSOR || (sizeof(E) == 2 && FORM == WHOLE_SLICES && LANES == WARP), "a load is a part of one row");
     static constexpr int EACH = pack16<E>::count;    // elements a load
     static constexpr int PARTS = LOADS * EACH;       // elements of a row that a lane has
     static constexpr int WIDTH = LANES * PARTS;      // columns a slice
@@ -186,6 +189,51 @@ __device__ inline float dots(const float (&kept)[R::PARTS], uint64_t slice, int 
 }
 // [/dots]
 
+// [diagonal]
+// The same with less to do for each load, on tensor cores: a warp's load is 512 bytes of one row, 16 bytes a lane, and
+// those are an operand of mma_16x8x16 as they are. Its lanes 4i to 4i + 3 have row i of the operand a: piece i of this
+// row of the table, 64 bytes; and row 8 + i: piece i of another. x is loaded in the same way, and makes column i of b
+// of its piece i. So the product is every piece times every piece of x, and what is wanted, piece i times piece i, is
+// its diagonal. Seven eighths of the work are for nothing, on a unit that nobody else wants. Two instructions do what
+// takes 32 to unpack, multiply and add.
+template <typename R>
+__device__ inline float dots_on_diagonal(const uint4 (&x)[R::LOADS], uint64_t slice, int count, int lane) {
+    float mine = 0;
+#if HAS_MMA_SYNC
+    typedef typename R::element E;
+    bool diagonal = lane % 4 == lane / 8, odd = lane / 4 % 2;
+    int holder = lane % R::ROWS * R::LANES_A_ROW;
+#pragma unroll 1
+    for (int j = 0; j < count; j += R::ROWS) {
+        uint4 row[R::ROWS][R::LOADS];
+#pragma unroll
+        for (int r = 0; r < R::ROWS; r++) {
+            const uint4 *from = (const uint4 *)__shfl_sync(ALL_LANES, slice, j + r) + lane;
+#pragma unroll
+            for (int c = 0; c < R::LOADS; c++)
+                row[r][c] = load_once<R::KEPT>(from + c * WARP);
+        }
+        float sum[R::ROWS];
+#pragma unroll
+        for (int r = 0; r < R::ROWS; r += 2) {
+            float product[4] = {};
+#pragma unroll
+            for (int c = 0; c < R::LOADS; c++) {
+                const uint4 &one = row[r][c], &two = row[r + 1][c];
+                mma_16x8x16<E>(product, {one.x, two.x, one.y, two.y}, x[c].x, x[c].y);
+                mma_16x8x16<E>(product, {one.z, two.z, one.w, two.w}, x[c].z, x[c].w);
+            }
+            sum[r] = !diagonal ? 0.0f : odd ? product[1] : product[0];
+            sum[r + 1] = !diagonal ? 0.0f : odd ? product[3] : product[2];
+        }
+        float reduced = __shfl_sync(ALL_LANES, reduce_rows<R::ROWS, WARP>(sum, lane), holder);
+        mine = lane >= j && lane < j + R::ROWS ? reduced : mine;
+    }
+#endif
+    return mine;
+}
+// [/diagonal]
+
 // The pairs of a token that a warp has: begin to end, as many as it reads at once or a multiple of that, up to the
 // last.
 template <typename R> __device__ inline void share_of_warp(int K, int *begin, int *end) {
@@ -194,30 +242,57 @@ template <typename R> __device__ inline void share_of_warp(int K, int *begin, in
     *end = min(K, *begin + share);
 }
 
+// The row of x that the pairs share, a lane's part of some columns, as what multiplies wants it.
+template <typename R> struct kept_columns {
+    uint4 packs[R::TENSOR ? R::LOADS : 1];
+    float values[R::TENSOR ? 1 : R::PARTS];
+
+    __device__ void load(const typename R::element *row, int columns, int lane) {
+        if constexpr (R::TENSOR) {
+#pragma unroll
+            for (int c = 0; c < R::LOADS; c++)
+                packs[c] = ((const uint4 *)row)[c * WARP + lane];
+        } else {
+            keep_row<R>(row, columns, lane, values);
+        }
+    }
+    __device__ float times(uint64_t slice, int count, int columns, int lane) const {
+        if constexpr (R::TENSOR)
+            return dots_on_diagonal<R>(packs, slice, count, lane);
+        else
+            return dots<R, false>(values, slice, 0, count, columns, lane);
+    }
+};
+
 // [phase-1]
 // A block's sums: the pairs of token t, the columns from first_column to last_column. partial: where the sums go if
 // these are not all columns, or NULL.
 template <typename R>
 __device__ inline void pre_activations(const expert_task &a, int t, int first_column, int last_column, float *partial) {
     typedef typename R::element E;
-    int lane = threadIdx.x % WARP, begin, end;
+    int lane = threadIdx.x % WARP, begin, end, kept = first_column;
+    const E *row = (const E *)a.x + (int64_t)t * a.d;
+    const int64_t pairs = (int64_t)t * a.K;
+    kept_columns<R> x;
     share_of_warp<R>(a.K, &begin, &end);
+    x.load(row + kept, a.d - kept, lane);
+    int32_t next = begin + lane < end ? expert_of_pair(a, pairs + begin + lane) : NO_EXPERT;
     for (int first = begin; first < end; first += WARP) {
-        bool has = first + lane < end;
-        int64_t pair = (int64_t)t * a.K + first + lane;
-        int32_t expert = has ? expert_of_pair(a, pair) : NO_EXPERT;
-        float weight = has && !partial ? a.weights[pair] : 0;
-        float s = 0;
+        int own = first + lane;
+        int32_t expert = next;
+        next = own + WARP < end ? expert_of_pair(a, pairs + own + WARP) : NO_EXPERT; // asked for before it is needed
+        float weight = own < end && !partial ? a.weights[pairs + own] : 0, s = 0;
         for (int column = first_column; column < last_column; column += R::WIDTH) {
-            float x[R::PARTS];
-            keep_row<R>((const E *)a.x + (int64_t)t * a.d + column, a.d - column, lane, x);
+            if (column != kept)
+                x.load(row + column, a.d - column, lane);
+            kept = column;
             uint64_t slice = slice_of<R>(a.down, a.d, column, expert);
-            s += dots<R, false>(x, slice, 0, min(WARP, end - first), a.d - column, lane);
+            s += x.times(slice, min(WARP, end - first), a.d - column, lane);
         }
-        if (has && partial)
-            __stcs(partial + pair, s);
-        else if (has)
-            store_pair(a, pair, expert, s, weight);
+        if (own < end && partial)
+            __stcs(partial + pairs + own, s);
+        else if (own < end)
+            store_pair(a, pairs + own, expert, s, weight);
     }
 }
 // [/phase-1]

@@ -41,6 +41,7 @@ int routed_items(const fmoe_layer_args *args, bool wide, int *columns);
 fmoe_status routed_experts(const fmoe_layer_args *args, const layer_scratch &s, const routed_share &share,
                            cudaStream_t stream);
 size_t routed_experts_bytes(const fmoe_layer_args *args);
+bool routed_on_tensor_cores(const fmoe_layer_args *args); // the first phase of the wide slices
 
 // The router for up to TILE_TOKENS tokens in evaluation, whose rows are multiples of 16 bytes. logits.cu
 bool few_logits_fit(const fmoe_layer_args *args);

@@ -142,34 +142,61 @@ static fmoe_status first_phase(const expert_task &a, const routed_share &share, 
     return launch_activations<R>(a, warps, width, fmoe_cuda_level() >= LEVEL_HOPPER, stream);
 }
 
-template <typename R>
+// At least 4 pairs a warp, at most R::WARPS warps a token.
+template <typename R> static int warps_of(const expert_task &a, int64_t warps) {
+    int64_t most = ceil_div(a.K, 4) < R::WARPS ? ceil_div(a.K, 4) : R::WARPS;
+    return (int)(warps < most ? warps : most);
+}
+
+// DOWN: how the first phase reads its table, R: how the second does.
+template <typename DOWN, typename R>
 static fmoe_status phases(const expert_task &a, const routed_share &share, float *to, int width, int64_t warps,
                           cudaStream_t stream) {
     bool overlap = fmoe_cuda_level() >= LEVEL_HOPPER;
-    int64_t most = ceil_div(a.K, 4) < R::WARPS ? ceil_div(a.K, 4) : R::WARPS;
-    int now = (int)(warps < most ? warps : most), slices = (int)ceil_div(a.d, width);
+    int now = warps_of<R>(a, warps), slices = (int)ceil_div(a.d, width);
     routed_part part = {slices > 1 && slices <= SLICES_KEPT ? slices : 0, share.first, overlap, share.shared};
     if (share.first == 0)
-        TRY(first_phase<R>(a, share, now, width, stream));
+        TRY(first_phase<DOWN>(a, share, warps_of<DOWN>(a, warps), width, stream));
     return launch_beside("routed_kernel", wants_room(a.T), overlap, routed_kernel<R>,
                          (unsigned)(share.end - share.first), now * WARP, now * R::WIDTH * sizeof(float), stream, a, to,
                          width, part);
 }
 
-template <typename E, slice_form F>
+// [readings]
+// On a part of the multiprocessors the first phase takes as long as its instructions, so tensor cores make its products.
+// A warp a token is then enough.
+template <typename E, slice_form F, bool TENSOR>
 static fmoe_status slices(const expert_task &a, const routed_share &share, float *to, int bytes, int width,
                           cudaStream_t stream) {
+    typedef reading<E, F, 16, 1, 4, 4, 8, true> of_256;
+    typedef reading<E, F, 32, 1, 4, 2, 16, true> of_512;
+    typedef reading<E, F, 32, 2, 4, 2, 12, true> of_1024;
+    typedef reading<E, F, 32, 4, 4, 8, 2, true> of_2048;
+    int64_t warps = WARPS_AT_ONCE / a.T > 2 ? WARPS_AT_ONCE / a.T : 2;
+    if constexpr (TENSOR) {
+        if (bytes == 512)
+            return phases<reading<E, F, 32, 1, 4, 1, 28, true, true>, of_512>(a, share, to, width, 1, stream);
+        if (bytes == 1024)
+            return phases<reading<E, F, 32, 2, 4, 1, 28, true, true>, of_1024>(a, share, to, width, 2, stream);
+        if (bytes == 2048)
+            return phases<reading<E, F, 32, 4, 4, 8, 2, true, true>, of_2048>(a, share, to, width, warps, stream);
+    }
     switch (bytes) {
     case 256:
-        return phases<reading<E, F, 16, 1, 4, 4, 8, true>>(a, share, to, width, 4, stream);
+        return phases<of_256, of_256>(a, share, to, width, 4, stream);
     case 512:
-        return phases<reading<E, F, 32, 1, 4, 2, 16, true>>(a, share, to, width, 1, stream);
+        return phases<of_512, of_512>(a, share, to, width, 1, stream);
     case 1024:
-        return phases<reading<E, F, 32, 2, 4, 2, 12, true>>(a, share, to, width, 2, stream);
+        return phases<of_1024, of_1024>(a, share, to, width, 2, stream);
     default:
-        return phases<reading<E, F, 32, 4, 4, 8, 2, true>>(a, share, to, width,
-                                                           WARPS_AT_ONCE / a.T > 2 ? WARPS_AT_ONCE / a.T : 2, stream);
+        return phases<of_2048, of_2048>(a, share, to, width, warps, stream);
     }
+}
+// [/readings]
+
+bool routed_on_tensor_cores(const fmoe_layer_args *args) {
+    int64_t row = args->d * (int64_t)fmoe_dtype_size(args->dtype);
+    return args->dtype != FMOE_F32 && fmoe_cuda_level() >= LEVEL_ADVANCED && row % plan_of(args, true).bytes == 0;
 }
 
 template <typename E>
@@ -178,10 +205,14 @@ static fmoe_status any_row(const expert_task &a, const routed_share &share, floa
     typedef reading<E, ELEMENTS, 32, 1, 2, 4, 5, false> elements;
     int row = a.d * (int)sizeof(E);
     if (row % 16 != 0)
-        return phases<elements>(a, share, to, (int)ceil_div(a.d, elements::WIDTH) * elements::WIDTH, 4, stream);
-    if (row % p.bytes == 0)
-        return slices<E, WHOLE_SLICES>(a, share, to, p.bytes, width, stream);
-    return slices<E, CUT_SLICES>(a, share, to, p.bytes, width, stream);
+        return phases<elements, elements>(a, share, to, (int)ceil_div(a.d, elements::WIDTH) * elements::WIDTH, 4,
+                                          stream);
+    if (row % p.bytes != 0)
+        return slices<E, CUT_SLICES, false>(a, share, to, p.bytes, width, stream);
+    if constexpr (sizeof(E) == 2)
+        if (fmoe_cuda_level() >= LEVEL_ADVANCED)
+            return slices<E, WHOLE_SLICES, true>(a, share, to, p.bytes, width, stream);
+    return slices<E, WHOLE_SLICES, false>(a, share, to, p.bytes, width, stream);
 }
 
 size_t routed_experts_bytes(const fmoe_layer_args *args) {

@@ -24,6 +24,16 @@ typedef struct {
     int *counters; // of both_job
 } wgmma_plan;
 
+// [fours]
+// Where others gather from the L2 at the same time, blocks share B in clusters of four, if that makes no more tiles: a
+// quarter less is read from there.
+static void cluster_fours(wgmma_product *product) {
+    product_work &work = product->work;
+    if (!product->narrow && work.cluster == 2 && product_tiles_down(work) % 2 == 0)
+        work.cluster = 4, work.band /= 2;
+}
+// [/fours]
+
 static wgmma_product cheaper(const product_work &wide, const product_work &narrow) {
     bool is_narrow = product_clocks(narrow, 128) < product_clocks(wide, 256);
     return {is_narrow ? narrow : wide, is_narrow};
@@ -50,6 +60,8 @@ static wgmma_plan wgmma_plan_of(const fmoe_mlp_args *args, const mlp_join *join,
     plan.h = carve(workspace, used, (size_t)(T * I) * 2);
     bool both = hidden.cluster == 2 && !plan.hidden.narrow && !plan.output.narrow && plan.output.work.splits == 1;
     plan.both = both && !(join && (join->ready || join->blocks > 0)) && plan.clusters > 0;
+    if (join && join->blocks > 3)
+        cluster_fours(&plan.hidden), cluster_fours(&plan.output);
     if (!plan.both)
         plan.hidden.work.early = product_last_band(plan.hidden.work, plan.hidden.narrow ? 128 : 256);
     if (both) {
@@ -67,9 +79,10 @@ template <typename E, int COLUMNS>
 static fmoe_status describe_hidden(const fmoe_mlp_args *args, const wgmma_plan &plan, product_maps *maps,
                                    store_swiglu<E> *epilogue) {
     int64_t T = args->T, d = args->d, I = args->I;
+    int cluster = plan.hidden.work.cluster;
     TRY(describe_a<false>("x", &maps->a[0], args->dtype, args->x, T, d, d));
-    TRY((describe_b<false, COLUMNS>("gate_proj.weight", &maps->b[0], args->dtype, args->gate, I, d, d)));
-    TRY((describe_b<false, COLUMNS>("up_proj.weight", &maps->b[1], args->dtype, args->up, I, d, d)));
+    TRY((describe_b<false, COLUMNS>("gate_proj.weight", &maps->b[0], args->dtype, args->gate, I, d, d, cluster)));
+    TRY((describe_b<false, COLUMNS>("up_proj.weight", &maps->b[1], args->dtype, args->up, I, d, d, cluster)));
     return describe_matrix("the hidden units", &epilogue->h, args->dtype, plan.h, T, I, 64);
 }
 
@@ -90,7 +103,8 @@ template <typename E, int COLUMNS>
 static fmoe_status describe_output(const fmoe_mlp_args *args, const wgmma_plan &plan, product_maps *maps) {
     int64_t T = args->T, d = args->d, I = args->I;
     TRY(describe_a<false>("the hidden units", &maps->a[0], args->dtype, plan.h, T, I, I));
-    return describe_b<false, COLUMNS>("down_proj.weight", &maps->b[0], args->dtype, args->down, d, I, I);
+    return describe_b<false, COLUMNS>("down_proj.weight", &maps->b[0], args->dtype, args->down, d, I, I,
+                                      plan.output.work.cluster);
 }
 
 template <typename E, int COLUMNS>
