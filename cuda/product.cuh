@@ -161,9 +161,10 @@ __device__ inline void bring_rows(E *to, const CUtensorMap *map, int row, int de
 }
 
 // [product-producer]
-// What a tile's blocks of the depth are copied from: this block's rows of A, and B in halves, or in quarters in a cluster
-// of four. The blocks of a cluster have different rows and the same columns: each brings one part of B to all of them. A
-// block of the depth leaves one thread 1,000 cycles, so what does not change with the depth is found once a tile.
+// What a tile's blocks of the depth are copied from: this block's rows of A, and B in halves, or in quarters in a
+// cluster of four. The blocks of a cluster have different rows and the same columns: each brings one part of B to all
+// of them. A block of the depth leaves one thread 1,000 cycles, so what does not change with the depth is found once a
+// tile.
 template <int CLUSTER> struct product_source {
     static constexpr int PARTS = CLUSTER > 2 ? CLUSTER : 2, OWN = PARTS / CLUSTER;
     const CUtensorMap *a, *b[OWN];
@@ -325,9 +326,9 @@ template <typename S> __device__ inline void product_set_up(S *s, int cluster) {
     cluster_sync();
 }
 
-// Launch: persistent blocks of 384 threads in clusters of one, two or four, a block a multiprocessor: one warp that feeds and
-// two warpgroups that multiply. Shared memory: 227 KB, a ring of stages (48 KB each for tiles of 128 × 256) and the
-// epilogue's staging. Traffic: a cluster of two reads 64 KB and does 256 × 256 × 64 products a step.
+// Launch: persistent blocks of 384 threads in clusters of one, two or four, a block a multiprocessor: one warp that
+// feeds and two warpgroups that multiply. Shared memory: 227 KB, a ring of stages (48 KB each for tiles of 128 × 256)
+// and the epilogue's staging. Traffic: a cluster of two reads 64 KB and does 256 × 256 × 64 products a step.
 template <typename E, int COLUMNS, bool A_DOWN, bool B_DOWN, typename Epilogue>
 __global__ void __launch_bounds__(PRODUCT_THREADS, 1)
     product_kernel(product_work work, const __grid_constant__ product_maps maps,

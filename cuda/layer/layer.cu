@@ -207,9 +207,9 @@ static int device_multiprocessors(void) {
 // [many]
 // With many tokens, router and top-k have all multiprocessors first. Then the gathers keep a third of them, or a little
 // more than a quarter where tensor cores make their dot products. The MLP's second product is launched while the first
-// one ends, so that its blocks sit down where those of the first get up, before a gather does. The experts' second phase
-// comes in two parts: the second, which ends after the MLP, adds the MLP's sum by itself; the first is added meanwhile.
-// (With fewer tokens the MLP ends last.)
+// one ends, so that its blocks sit down where those of the first get up, before a gather does. The experts' second
+// phase comes in two parts: the second, which ends after the MLP, adds the MLP's sum by itself; the first is added
+// meanwhile. (With fewer tokens the MLP ends last.)
 #define PARTS_TOKENS 2048
 
 static fmoe_status divided_many(const fmoe_layer_args *a, const layer_scratch &s, int all, const fmoe_cuda_side *side,
@@ -243,7 +243,7 @@ static fmoe_status divided_many(const fmoe_layer_args *a, const layer_scratch &s
 static fmoe_status divided(const fmoe_layer_args *a, const layer_scratch &s, const fmoe_cuda_side *side,
                            cudaStream_t stream) {
     int all = device_multiprocessors(), products = all * 2 / 3 & ~1;
-    if (2 * ceil_div(a->T, ROUTER_TOKENS) > all - products)          // the router would need more than its third
+    if (2 * ceil_div(a->T, ROUTER_TOKENS) > all - products) // the router would need more than its third
         return divided_many(a, s, all, side, stream);
     bool few = a->T <= TILE_TOKENS;
     int columns, items = routed_items(a, false, &columns);

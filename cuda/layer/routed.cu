@@ -163,8 +163,8 @@ static fmoe_status phases(const expert_task &a, const routed_share &share, float
 }
 
 // [readings]
-// On a part of the multiprocessors the first phase takes as long as its instructions, so tensor cores make its products.
-// A warp a token is then enough.
+// On a part of the multiprocessors the first phase takes as long as its instructions, so tensor cores make its
+// products. A warp a token is then enough.
 template <typename E, slice_form F, bool TENSOR>
 static fmoe_status slices(const expert_task &a, const routed_share &share, float *to, int bytes, int width,
                           cudaStream_t stream) {

@@ -142,9 +142,8 @@ __device__ inline void both_produce(S *s, const both_job &job, const both_maps &
         both_claim(s, job, 0);
     for (int k = 0;; k++) {
         both_item item = both_item_of(job, both_claimed(s, k));
-        product_source<2> from =
-            product_source_of<256, 2>(item.hidden ? job.hidden.work : job.output.work,
-                                         item.hidden ? maps.hidden : maps.output, item.tile, rank, 0);
+        product_source<2> from = product_source_of<256, 2>(item.hidden ? job.hidden.work : job.output.work,
+                                                           item.hidden ? maps.hidden : maps.output, item.tile, rank, 0);
         barrier_arrive_expecting(&s->claimed[k % BOTH_CLAIMS], sizeof(int)); // the next claim in this place
         s->items[k % BOTH_CLAIMS] = item;
         int ask = max(item.blocks - S::STAGES, 0);

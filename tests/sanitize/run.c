@@ -102,7 +102,7 @@ static const struct {
      cuda_layer_rungs,
      {"T5-d19-I33-N50-K6-normal-f32-train", "T37-d72-I104-N170-K9-normal-bf16", "T3-d136-I40-N1024-K33-normal-f16-norm",
       "T70-d264-I136-N300-K8-normal-bf16-train", "T11-d136-I40-N300-K20-normal-bf16",
-      "T1410-d40-I16-N30-K3-normal-bf16"}},
+      "T1410-d40-I16-N30-K3-normal-bf16", "T1500-d256-I2600-N300-K8-normal-bf16", "T70-d512-I72-N300-K9-normal-f16"}},
     {&fmoe_step_layer_backward,
      cuda_layer_backward_rungs,
      {"T5-d19-I33-N50-K6-normal-f32-train", "T37-d72-I104-N170-K9-normal-bf16",
