@@ -234,10 +234,10 @@ static fmoe_status divided_many(const fmoe_layer_args *a, const layer_scratch &s
 
 // [divided]
 // Two kernels that fill a multiprocessor each do not run side by side by themselves. So the MLP's products, on a stream
-// of higher priority, get two thirds of the multiprocessors, and the routed branch what is left, and then whatever the
-// products leave. Neither branch waits for the other: both sums are float32, and a last kernel adds and rounds them.
-// With some hundreds of tokens the second product would sit down too early, on the third that is left to the gathers:
-// an event that has long come makes it an ordinary launch, and the gathers keep to their third.
+// of higher priority, get two thirds of the multiprocessors or more, and the routed branch what is left, and then
+// whatever the products leave. Neither branch waits for the other: both sums are float32, and a last kernel adds and
+// rounds them. With some hundreds of tokens the second product would sit down too early, on the third that is left to
+// the gathers: an event that has long come makes it an ordinary launch, and the gathers keep to their third.
 #define ROUTER_TOKENS 64 // a pair of blocks of the router, which fill a multiprocessor each
 
 static fmoe_status divided(const fmoe_layer_args *a, const layer_scratch &s, const fmoe_cuda_side *side,
