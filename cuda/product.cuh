@@ -85,10 +85,6 @@ typedef struct {
     int split, first, count; // blocks of 64 of the depth
 } product_part;
 
-typedef struct {
-    int row, column, split; // of C: a block's first
-} product_corner;
-
 __host__ __device__ inline int product_tiles_down(const product_work &work) {
     return (work.rows + PRODUCT_ROWS * work.cluster - 1) / (PRODUCT_ROWS * work.cluster);
 }
@@ -126,7 +122,6 @@ template <typename E, int COLUMNS, int STAGING> struct product_shared {
     static constexpr int ROOM = (PRODUCT_SHARED - 2048 - 2 * STAGING) / STAGE_BYTES, STAGES = ROOM < 8 ? ROOM : 8;
     E a[STAGES][2 * PRODUCT_PANEL], b[STAGES][COLUMNS / 64 * PRODUCT_PANEL];
     char staging[2][STAGING];
-    product_corner corners[STAGES];
     uint64_t full[STAGES], empty[STAGES];
 };
 
@@ -200,27 +195,22 @@ __device__ inline void bring_stage(const product_source<CLUSTER> &from, int dept
 }
 // [/product-producer]
 
-// The consumers find a tile's place beside its last block: no division keeps the tensor cores waiting.
 template <typename E, int COLUMNS, bool A_DOWN, bool B_DOWN, int CLUSTER, typename S>
 __device__ inline void product_bring(S *s, const product_work &work, const product_maps &maps, int rank) {
     int down = product_tiles_down(work), across = product_tiles_across(work, COLUMNS);
     int cluster = blockIdx.x / work.cluster, clusters = gridDim.x / work.cluster;
-    int width = work.paired ? COLUMNS / 2 : COLUMNS;
     product_turn turn = {0, 0};
     for (int number = cluster; number < down * across * work.splits; number += clusters) {
         product_tile tile = product_tile_of(work, number, down, across);
         product_part part = product_part_of(work, number, down, across);
         int depth = part.first * TILE_DEPTH, until = work.second_from;
         product_source<CLUSTER> from = product_source_of<COLUMNS, CLUSTER>(work, maps, tile, rank, 0);
-        product_corner corner = {from.row, tile.column * width, part.split};
         for (int left = part.count; left > 0; left--) {
             if (depth >= until) {
                 from = product_source_of<COLUMNS, CLUSTER>(work, maps, tile, rank, 1);
                 depth -= until, until = INT_MAX;
             }
             barrier_wait(&s->empty[turn.stage], turn.parity ^ 1);
-            if (left == 1)
-                s->corners[turn.stage] = corner;
             bring_stage<E, COLUMNS, A_DOWN, B_DOWN>(from, depth, rank, s->a[turn.stage], s->b[turn.stage],
                                                     &s->full[turn.stage]);
             depth += TILE_DEPTH;
@@ -279,25 +269,14 @@ __device__ inline int product_blocks(S *s, product_turn &turn, int count, int gr
     } while (++block < count);
     return before;
 }
-
-// All of it, and where the tile lies.
-template <typename E, bool A_DOWN, bool B_DOWN, typename S, int SUMS>
-__device__ inline product_corner product_multiply(S *s, product_turn &turn, int count, int group, int cluster,
-                                                  float (&sums)[SUMS]) {
-    int last = product_blocks<E, A_DOWN, B_DOWN>(s, turn, count, group, cluster, sums, [](int) {});
-    product_corner corner = s->corners[last];
-    wgmma_wait<0>();
-    wgmma_arrived(sums);
-    barrier_sync(1 + group, PRODUCT_GROUP); // all have read the corner
-    product_release(&s->empty[last], cluster);
-    return corner;
-}
 // [/product-consumer]
 
+// A tile's place is found while its first products are under way: no division keeps the tensor cores waiting.
 template <typename E, int COLUMNS, bool A_DOWN, bool B_DOWN, typename S, typename Epilogue>
-__device__ inline void product_consume(S *s, const product_work &work, const Epilogue &epilogue, int group) {
+__device__ inline void product_consume(S *s, const product_work &work, const Epilogue &epilogue, int rank, int group) {
     int down = product_tiles_down(work), across = product_tiles_across(work, COLUMNS);
     int cluster = blockIdx.x / work.cluster, clusters = gridDim.x / work.cluster;
+    int width = work.paired ? COLUMNS / 2 : COLUMNS;
     product_turn turn = {0, 0};
     for (int number = cluster; number < down * across * work.splits; number += clusters) {
         product_part part = product_part_of(work, number, down, across);
@@ -305,10 +284,17 @@ __device__ inline void product_consume(S *s, const product_work &work, const Epi
         if (work.early > 0 && number >= work.early)
             start_next_kernel(); // where all blocks have got so far; the next one waits before it reads
         // [/early]
+        product_place at = {0, 0, part.split, (int)threadIdx.x % PRODUCT_GROUP, 1 + group};
         float sums[COLUMNS / 2];
-        product_corner corner = product_multiply<E, A_DOWN, B_DOWN>(s, turn, part.count, group, work.cluster, sums);
-        product_place at = {corner.row + group * 64, corner.column, corner.split, (int)threadIdx.x % PRODUCT_GROUP,
-                            1 + group};
+        int last = product_blocks<E, A_DOWN, B_DOWN>(s, turn, part.count, group, work.cluster, sums, [&](int block) {
+            if (block > 0)
+                return;
+            product_tile tile = product_tile_of(work, number, down, across);
+            at.row = (tile.row * work.cluster + rank) * PRODUCT_ROWS + group * 64, at.column = tile.column * width;
+        });
+        wgmma_wait<0>();
+        wgmma_arrived(sums);
+        product_release(&s->empty[last], work.cluster);
         epilogue(at, sums, s->staging[group]);
     }
     store_box_wait();
@@ -351,7 +337,7 @@ __global__ void __launch_bounds__(PRODUCT_THREADS, 1)
             product_produce<E, COLUMNS, A_DOWN, B_DOWN>(s, work, maps, rank);
     } else {
         take_registers<PRODUCT_REGISTERS>();
-        product_consume<E, COLUMNS, A_DOWN, B_DOWN>(s, work, epilogue, group);
+        product_consume<E, COLUMNS, A_DOWN, B_DOWN>(s, work, epilogue, rank, group);
     }
     cluster_sync(); // no block ends while the other still writes into it
 #endif

@@ -528,7 +528,7 @@ CUDA_SENTENCE(
     "the storage type; each of them alone has the same bits; without tokens they are zeroed, or kept.",
     "six products, each with its own way of reading its operands", "fmoe_mlp_backward on the stored values") {
     for_sizes("T d I type how", public_mlp,
-              SIZES({1, 4, 8, 0, 0}, {3, 7, 5, 0, 2}, {3, 7, 5, 2, 5}, {9, 16, 24, 2, 0}, {65, 17, 100, 1, 7},
+              SIZES({1, 4, 8, 0, 0}, {3, 7, 5, 0, 2}, {33, 7, 5, 2, 5}, {9, 16, 24, 2, 0}, {65, 17, 100, 1, 7},
                     {65, 17, 100, 0, 6}, {64, 64, 64, 2, 1}, {64, 64, 64, 2, 2}, {129, 136, 264, 1, 3},
                     {200, 264, 520, 2, 4}, {300, 1032, 128, 2, 6}, {300, 128, 1032, 2, 7}, {77, 1024, 200, 1, 2},
                     {130, 257, 131, 2, 2}, {40, 72, 8, 2, 5}, {900, 64, 264, 2, 3}));

@@ -31,7 +31,6 @@ template <typename E> struct mask_shared {
     E a[STAGES][2 * PRODUCT_PANEL], b[STAGES][MASK_COLUMNS / 64 * PRODUCT_PANEL];
     float staging[2][PICK_BYTES / sizeof(float)];
     pick_rows rows[2];
-    product_corner corners[STAGES];
     uint64_t full[STAGES], empty[STAGES];
 };
 
