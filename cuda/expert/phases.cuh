@@ -18,7 +18,12 @@ template <typename E, slice_form FORM_, int LANES_, int LOADS_, int ROWS_, int W
 struct reading {
     typedef E element;
     static constexpr slice_form FORM = FORM_;
-    static constexpr int LANES = LANES_, LOADS = LOADS_, ROWS = ROWS_, WARPS = WARPS_, BLOCKS = BLOCKS_;
+    static constexpr int LANES = LANES_, LOADS = LOADS_, ROWS = ROWS_, WARPS = WARPS_;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+    static constexpr int BLOCKS = BLOCKS_ < 16 ? BLOCKS_ : 16; // sm_75 takes no more
+#else
+    static constexpr int BLOCKS = BLOCKS_;
+#endif
     static constexpr bool VECTORS = FORM != ELEMENTS, KEPT = KEPT_, TENSOR = TENSOR_;
     static_assert(!TENSOR || (sizeof(E) == 2 && FORM == WHOLE_SLICES && LANES == WARP), "a load is a part of one row");
     static constexpr int EACH = pack16<E>::count;    // elements a load
