@@ -242,8 +242,8 @@ static fmoe_status divided_many(const fmoe_layer_args *a, const layer_scratch &s
 
 static fmoe_status divided(const fmoe_layer_args *a, const layer_scratch &s, const fmoe_cuda_side *side,
                            cudaStream_t stream) {
-    int all = device_multiprocessors(), products = all * 2 / 3 & ~1;
-    if (2 * ceil_div(a->T, ROUTER_TOKENS) > all - products) // the router would need more than its third
+    int all = device_multiprocessors(), products = all * 2 / 3 & ~1; // blocks in pairs, or in fours
+    if (2 * ceil_div(a->T, ROUTER_TOKENS) > all - products)          // the router would need more than its third
         return divided_many(a, s, all, side, stream);
     bool few = a->T <= TILE_TOKENS;
     int columns, items = routed_items(a, false, &columns);

@@ -163,8 +163,8 @@ static fmoe_status phases(const expert_task &a, const routed_share &share, float
 }
 
 // [readings]
-// On a part of the multiprocessors the first phase takes as long as its instructions, so tensor cores make its
-// products. A warp a token is then enough.
+// Tensor cores make the first phase's dot products: with fewer instructions, fewer multiprocessors are enough for it,
+// and a warp a token. (All of them together wait for the L2 either way.)
 template <typename E, slice_form F, bool TENSOR>
 static fmoe_status slices(const expert_task &a, const routed_share &share, float *to, int bytes, int width,
                           cudaStream_t stream) {
