@@ -918,12 +918,13 @@ CUDA_SENTENCE(5, 13,
 /* ---- On the GPU: the strategies ---------------------------------------------------------------------------------- */
 
 /* Tiles of tokens, of experts and of grid rows that are not full; a K that is large for N; a d that fills no chunk;
- * 16-bit types in rows of 16 bytes, which tensor cores take. */
+ * 16-bit types in rows of 16 bytes, which tensor cores take; more pairs in a tile than its threads hold. */
 #define STRATEGY_SIZES                                                                                                 \
     SIZES({1, 8, 1, 1, 2, 0}, {5, 16, 9, 7, 1, 0}, {3, 8, 4, 4, 2, 0}, {29, 72, 50, 9, 2, 0}, {29, 72, 50, 9, 1, 1},   \
           {7, 1024, 33, 33, 2, 0}, {130, 64, 300, 20, 2, 0}, {257, 136, 520, 40, 1, 0}, {65, 264, 1000, 300, 2, 0},    \
           {300, 72, 169, 12, 2, 2}, {129, 128, 256, 33, 1, 2}, {70, 1024, 16384, 64, 2, 2}, {33, 40, 16384, 64, 2, 3}, \
-          {700, 8, 40, 1, 2, 1}, {400, 64, 102400, 512, 2, 2}, {128, 128, 25700, 2048, 1, 0})
+          {700, 8, 40, 1, 2, 1}, {400, 64, 102400, 512, 2, 2}, {128, 128, 25700, 2048, 1, 0},                          \
+          {70, 40, 1000, 900, 2, 0}, {70, 16, 22500, 2700, 1, 0}, {70, 16, 90000, 6000, 2, 0})
 
 CUDA_SENTENCE(7, 15, "On the GPU every strategy computes the reference's output, whichever suits the routing.",
               "dense tiles hold pairs that nobody chose, and a chosen one may lie at any edge",

@@ -194,9 +194,13 @@ static fmoe_status slices(const expert_task &a, const routed_share &share, float
 }
 // [/readings]
 
+// 16-bit rows that are whole slices, of at least what a warp reads at once.
+static bool on_tensor_cores(plan p, int64_t d, fmoe_dtype dtype) {
+    return dtype != FMOE_F32 && fmoe_cuda_level() >= LEVEL_ADVANCED && p.bytes >= 512 && d * 2 % p.bytes == 0;
+}
+
 bool routed_on_tensor_cores(const fmoe_layer_args *args) {
-    int64_t row = args->d * (int64_t)fmoe_dtype_size(args->dtype);
-    return args->dtype != FMOE_F32 && fmoe_cuda_level() >= LEVEL_ADVANCED && row % plan_of(args, true).bytes == 0;
+    return on_tensor_cores(plan_of(args, true), args->d, args->dtype);
 }
 
 template <typename E>
@@ -210,7 +214,7 @@ static fmoe_status any_row(const expert_task &a, const routed_share &share, floa
     if (row % p.bytes != 0)
         return slices<E, CUT_SLICES, false>(a, share, to, p.bytes, width, stream);
     if constexpr (sizeof(E) == 2)
-        if (fmoe_cuda_level() >= LEVEL_ADVANCED)
+        if (on_tensor_cores(p, a.d, a.dtype))
             return slices<E, WHOLE_SLICES, true>(a, share, to, p.bytes, width, stream);
     return slices<E, WHOLE_SLICES, false>(a, share, to, p.bytes, width, stream);
 }

@@ -143,7 +143,7 @@ template <typename E> __device__ inline void consume(wgmma_shared<E> *s, int gro
         barrier_wait(&s->full[stage], chunk / STAGES % 2);
         multiply_half(s->stages[stage], row, 0, hi[0], lo[0], sums);
         wgmma_wait<1>(); // the chunk before is done with
-        if (chunk >= WARPGROUPS && threadIdx.x % WARP == 0)
+        if (chunk >= WARPGROUPS) // every lane for itself: the norm's warp writes over what each of them has read
             barrier_arrive(&s->empty[(chunk - WARPGROUPS) % STAGES]);
         multiply_half(s->stages[stage], row, 1, hi[1], lo[1], sums);
         wgmma_wait<1>(); // the first half's registers are free
@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1)
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < STAGES; stage++) {
             barrier_init(&s->full[stage], job.mean ? 1 + WARP : 1);
-            barrier_init(&s->empty[stage], GROUP_THREADS / WARP);
+            barrier_init(&s->empty[stage], GROUP_THREADS);
         }
         barrier_init_done();
     }

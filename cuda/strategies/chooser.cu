@@ -7,15 +7,15 @@
 // Measured on one H200; a rate is per microsecond.
 // [constants]
 #define US_TOKEN     7     // whatever there is to do: launches, the first loads' latency
-#define US_DENSE     38    // the same: three kernels after the lists, tiles that are not whole
+#define US_DENSE     27    // the same: three kernels after the lists, tiles that are not whole
 #define US_ROWS      20    // two
 #define GATHER_BYTES 8.4e6 // of rows, from tables or slices of them in the L2
 #define ALONE_BYTES  55e3  // of rows, by the one multiprocessor that has a token
 #define MEMORY_BYTES 4.0e6 // of tables, read once
-#define DENSE_FLOP   730e6 // of either dense product
-#define DENSE_PAIRS  28e3  // sorted into lists and picked
+#define DENSE_FLOP   780e6 // of either dense product
+#define DENSE_PAIRS  33e3  // sorted into lists and picked
 #define ROWS_PAIRS   90e3  // sorted into lists; picking is in the next line
-#define ROWS_BYTES   6.7e6 // of tiles of gathered tokens and of experts, from the L2
+#define ROWS_BYTES   5.8e6 // of tiles of gathered tokens and of experts, from the L2
 // [/constants]
 
 // [rows-a-token]

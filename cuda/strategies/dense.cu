@@ -9,7 +9,7 @@
 #include "../../chapters/workspace.h"
 
 #define MOST_ACTIVATIONS (512ll << 20) // bytes of A at once: more tokens take turns
-#define MOST_SUMS        8             // parts of the second product's depth
+#define MOST_SUMS        32            // parts of the second product's depth, where tokens are few
 #define FEWEST_PAIRS     64            // an activation's rounding alone can be 3.9e-3: among many it averages out
 
 typedef struct {
@@ -19,6 +19,7 @@ typedef struct {
     int pitch;    // of A, in elements
     void *masked; // A [tokens, pitch] dtype
     float *sums;  // [splits, tokens, d]
+    float *many;  // for pick_many
 } dense_task;
 
 // ---- The first product
@@ -83,13 +84,16 @@ __device__ inline void mask_consume(S *s, const dense_task &task, const product_
     pick_rows *rows = &s->rows[group];
     product_turn turn = {0, 0};
     mask_place place;
-    if (thread < WARP)
-        place = mask_place_of(task, work, first_token, cluster, rank, group);
     for (int number = cluster; number < tiles; number += clusters) {
         held_pair held[HELD];
         float sums[MASK_COLUMNS / 2];
         auto beside = [&](int step) {
             if (step == 0) {
+                if (number == cluster) {
+                    wait_for_kernel_before(); // the lists, which were made while the first products began
+                    if (thread < WARP)
+                        place = mask_place_of(task, work, first_token, number, rank, group);
+                }
                 barrier_sync(barrier, PRODUCT_GROUP); // the tile before is done with
                 if (thread < WARP) {
                     number_pairs(rows, place.rows);
@@ -97,10 +101,7 @@ __device__ inline void mask_consume(S *s, const dense_task &task, const product_
                 }
                 barrier_sync(barrier, PRODUCT_GROUP);
             } else if (step < 3) {
-#pragma unroll
-                for (int i = 0; i < HELD; i++)
-                    if (i / (HELD / 2) == step - 1)
-                        held[i] = pair_of(task.lists, rows, a.K, thread + i * PRODUCT_GROUP);
+                hold_pairs(task.lists, rows, a.K, thread, (step - 1) * HELD / 2, step * HELD / 2, held);
             } else if (step < 7) {
                 clear_masked<E>(task, rows->row + (step - 3) * 16, rows->column, thread, work.rows);
             } else if (thread < WARP) {
@@ -123,7 +124,10 @@ __device__ inline void mask_consume(S *s, const dense_task &task, const product_
             if (!(p.code & REPEATED))
                 masked[(int64_t)row * task.pitch + chosen_column(p)] = from_f32<E>(activation);
         };
-        pick_pairs(sums, s->staging[group], thread, barrier, task.lists, rows, a.K, held, 0, take);
+        if (all_held(rows))
+            pick_held(sums, s->staging[group], thread, barrier, rows, held, 0, take);
+        else
+            pick_many(sums, many_sums(task.many, MASK_COLUMNS, group), thread, barrier, task.lists, rows, a.K, 0, take);
     }
 }
 // [/mask]
@@ -138,12 +142,11 @@ __global__ void __launch_bounds__(PRODUCT_THREADS, 1)
     typedef mask_shared<E> S;
     static_assert(sizeof(S) + 1023 <= PRODUCT_SHARED, "too much shared memory");
     S *s = (S *)(shared + (-shared_address(shared) & 1023));
-    int group = threadIdx.x / PRODUCT_GROUP, rank = work.cluster > 1 ? (int)cluster_rank() : 0;
+    int group = product_group(), rank = work.cluster > 1 ? (int)cluster_rank() : 0;
     product_set_up(s, work.cluster);
     start_next_kernel();
-    wait_for_kernel_before();
     if (group == 2) {
-        give_registers<40>();
+        give_registers<40>(); // x and down were there before the lists: nothing to wait for
         if (threadIdx.x == 2 * PRODUCT_GROUP)
             product_produce<E, MASK_COLUMNS, false, false>(s, work, maps, rank);
     } else {
@@ -173,6 +176,7 @@ template <typename E> __global__ void __launch_bounds__(128) join_sums_kernel(de
     bool finite = true;
     for (int column = threadIdx.x * 4; column < a.d; column += 4 * blockDim.x) {
         float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll 8
         for (int split = 0; split < splits; split++) {
             float4 part = __ldcs((const float4 *)(task.sums + ((int64_t)split * tokens + row) * a.d + column));
             sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
@@ -192,6 +196,12 @@ template <typename E> __global__ void __launch_bounds__(128) join_sums_kernel(de
 
 // ---- Host
 
+// A few tokens have few tiles: the depth, which is all experts, is cut into as many parts as give every multiprocessor
+// some, and many tokens' parts would be much to write and read.
+static int most_sums(int tokens) {
+    return min(MOST_SUMS, max(8, 4096 / max(tokens, 1)));
+}
+
 static size_t dense_carve(dense_task *task, void *workspace) {
     const expert_task &a = task->a;
     size_t used = 0;
@@ -205,7 +215,8 @@ static size_t dense_carve(dense_task *task, void *workspace) {
     task->tokens = (int)(ceil_div(ceil_div(a.T, ceil_div(a.T, most)), 128) * 128);
     task->tokens = a.T < task->tokens ? a.T : task->tokens;
     task->masked = carve(workspace, &used, (size_t)task->tokens * task->pitch * 2);
-    task->sums = (float *)carve(workspace, &used, (size_t)MOST_SUMS * task->tokens * a.d * sizeof(float));
+    task->sums = (float *)carve(workspace, &used, (size_t)most_sums(task->tokens) * task->tokens * a.d * sizeof(float));
+    task->many = (float *)carve(workspace, &used, many_bytes(MASK_COLUMNS));
     return used;
 }
 
@@ -229,7 +240,7 @@ template <typename E> static fmoe_status dense_turn(const dense_task &task, int 
     TRY(describe_a<false>("activations", &to_y.a[0], a.dtype, task.masked, tokens, a.N, task.pitch));
     TRY((describe_b<true, 256>("up_embed.weight", &to_y.b[0], a.dtype, a.up, a.d, a.N, a.d)));
     product_work first_work = product_plan(tokens, a.N, a.d, 256, 1);
-    product_work second_work = product_plan(tokens, a.d, a.N, 256, MOST_SUMS);
+    product_work second_work = product_plan(tokens, a.d, a.N, 256, most_sums(task.tokens));
     store_sums store = {task.sums, tokens, a.d};
     TRY(mask_launch<E>(task, first_work, first, to_sums, stream));
     TRY((product_launch<E, 256, false, true>("dense_sums", second_work, to_y, store, true, stream)));

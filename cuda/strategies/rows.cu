@@ -65,6 +65,7 @@ static size_t rows_carve(rows_task *task, void *workspace) {
     task->rows = task->lists.groups;
     task->counts = (int *)carve(workspace, &used, (size_t)task->rows * sizeof(int));
     task->tokens = (int32_t *)carve(workspace, &used, (size_t)task->rows * a->T * sizeof(int32_t));
+    task->many = (float *)carve(workspace, &used, many_bytes(cuda_strategy_rows_columns(a->N)));
     return used;
 }
 

@@ -15,6 +15,7 @@ typedef struct {
     int rows;        // of the grid: groups of lists
     int *counts;     // [rows]: tokens that chose from a row
     int32_t *tokens; // [rows, T]: which, rising
+    float *many;     // for pick_many
 } rows_task;
 
 template <typename E, int COLUMNS> struct rows_shared {
@@ -254,10 +255,7 @@ __device__ inline void rows_consume(const rows_task &task, S *s, int group) {
                 }
                 barrier_sync(barrier, PRODUCT_GROUP);
             } else if (step < 3) {
-#pragma unroll
-                for (int i = 0; i < HELD; i++)
-                    if (i / (HELD / 2) == step - 1)
-                        held[i] = pair_of(task.lists, rows, a.K, thread + i * PRODUCT_GROUP);
+                hold_pairs(task.lists, rows, a.K, thread, (step - 1) * HELD / 2, step * HELD / 2, held);
             } else if (thread < WARP && step == 3) {
                 next = after;
                 find();
@@ -272,7 +270,11 @@ __device__ inline void rows_consume(const rows_task &task, S *s, int group) {
                 a.pre_activations[pair] = s;
             a.activations[pair] = activation;
         };
-        pick_pairs(sums, s->staging[group], thread, barrier, task.lists, rows, a.K, held, rows->column, take);
+        if (all_held(rows))
+            pick_held(sums, s->staging[group], thread, barrier, rows, held, rows->column, take);
+        else
+            pick_many(sums, many_sums(task.many, COLUMNS, group), thread, barrier, task.lists, rows, a.K, rows->column,
+                      take);
     }
 }
 // [/rows-pick]
@@ -288,7 +290,7 @@ __global__ void __launch_bounds__(PRODUCT_THREADS, 1)
     extern __shared__ char memory[];
     typedef rows_shared<E, COLUMNS> S;
     S *s = (S *)(memory + (-shared_address(memory) & 1023));
-    int group = threadIdx.x / PRODUCT_GROUP;
+    int group = product_group();
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < S::STAGES; stage++) {
             barrier_init(&s->full[stage], PRODUCT_GROUP + 1);

@@ -60,15 +60,23 @@ static inline expert_task strategy_task(const fmoe_expert_args *a, float *pre_ac
             a->indices, a->weights, a->y,      pre_activations, NULL,     NULL, NULL};
 }
 
+// This thread's warpgroup, as its warp's first lane knows it: now the compiler knows, too, that the warp agrees on it,
+// and what the tensor cores' descriptors are made from stays in uniform registers, where they are wanted.
+__device__ inline int product_group(void) {
+    return __shfl_sync(ALL_LANES, (int)threadIdx.x / PRODUCT_GROUP, 0);
+}
+
 // ---- Picking: the chosen pairs out of a warpgroup's 64 rows of a tile of products ----
 
 // Rows have few pairs or many (a token may have all of one grid row): the threads share out the pairs, not the rows.
-// HELD pairs a thread come to registers while the tile is multiplied; if there are more, they are read when it is done.
+// HELD pairs a thread come to registers while the tile is multiplied; if there are more, none of these is used,
+// and all are read when it is done.
 #define PICK_ROWS    64
 #define PICK_COLUMNS 64 // that are in shared memory at a time
 #define PICK_BYTES   (PICK_ROWS * PICK_COLUMNS * (int)sizeof(float))
 #define PICK_STEPS   8 // that are taken beside the products, one a block of the depth, none longer than a block's product
-#define HELD         6
+#define HELD         8
+#define ABREAST      8 // pairs that a thread reads at once if they are not held
 
 typedef struct {
     int upto[PICK_ROWS];                   // pairs of the rows up to this one
@@ -125,6 +133,29 @@ __device__ inline held_pair pair_of(const token_lists &lists, const pick_rows *r
     return {lists.pairs[max(at, (int64_t)0)], pick_at(row, 0)};
 }
 
+// Asked by a vote, so that the compiler knows that all take the same way: otherwise it gives up the uniform registers,
+// in which the products' loop has its addresses.
+__device__ inline bool all_agree(bool yes) {
+    return __all_sync(ALL_LANES, yes);
+}
+
+__device__ inline bool all_held(const pick_rows *rows) {
+    return all_agree(rows->upto[PICK_ROWS - 1] <= HELD * PRODUCT_GROUP);
+}
+
+// A thread's pairs from first to last, if there are so many, and if all of the tile's can be held.
+__device__ inline void hold_pairs(const token_lists &lists, const pick_rows *rows, int K, int thread, int first,
+                                  int last, held_pair (&held)[HELD]) {
+    int all = rows->upto[PICK_ROWS - 1];
+#pragma unroll
+    for (int i = 0; i < HELD; i++)
+        if (i >= first && i < last) {
+            held[i] = {{NO_COLUMN, 0}, 0};
+            if (all_agree(i * PRODUCT_GROUP < all && all <= HELD * PRODUCT_GROUP))
+                held[i] = pair_of(lists, rows, K, thread + i * PRODUCT_GROUP);
+        }
+}
+
 __device__ inline int row_of(const held_pair &held) {
     return held.at / PICK_COLUMNS;
 }
@@ -148,11 +179,9 @@ __device__ inline float silu_at_once(float s) {
 // s, a) comes for each pair of this thread, a = silu(s) times its weight. first_column: the tile's, within the group, a
 // multiple of 64. Nobody looks at any other sum: what an unchosen expert holds, even NaN, stays behind.
 template <int SUMS, typename Take>
-__device__ inline void pick_pairs(const float (&sums)[SUMS], float *staging, int thread, int barrier,
-                                  const token_lists &lists, const pick_rows *rows, int K, const held_pair (&held)[HELD],
-                                  int first_column, Take take) {
+__device__ inline void pick_held(const float (&sums)[SUMS], float *staging, int thread, int barrier,
+                                 const pick_rows *rows, const held_pair (&held)[HELD], int first_column, Take take) {
     float picked[HELD] = {}, *at[4];
-    int all = rows->upto[PICK_ROWS - 1];
 #pragma unroll
     for (int i = 0; i < 4; i++) // columns 8 i, and 32 further; rows also 8 further
         at[i] = staging + pick_at(thread / WARP * 16 + thread % WARP / 4, i * 8 + thread % 4 * 2);
@@ -167,13 +196,6 @@ __device__ inline void pick_pairs(const float (&sums)[SUMS], float *staging, int
             if ((chosen_column(held[i].pair) & -PICK_COLUMNS) == first)
                 picked[i] = staging[held[i].at ^ chosen_column(held[i].pair) % PICK_COLUMNS];
         }
-        for (int number = HELD * PRODUCT_GROUP + thread; number < all; number += PRODUCT_GROUP) {
-            held_pair more = pair_of(lists, rows, K, number);
-            if ((chosen_column(more.pair) & -PICK_COLUMNS) != first)
-                continue;
-            float s = staging[more.at ^ chosen_column(more.pair) % PICK_COLUMNS];
-            take(row_of(more), more.pair, s, silu_at_once(s) * more.pair.weight);
-        }
     }
     float activations[HELD];
 #pragma unroll
@@ -181,9 +203,53 @@ __device__ inline void pick_pairs(const float (&sums)[SUMS], float *staging, int
         activations[i] = silu_at_once(picked[i]) * held[i].pair.weight;
 #pragma unroll
     for (int i = 0; i < HELD; i++)
-        if ((unsigned)(chosen_column(held[i].pair) - first_column) < SUMS * 2 && thread + i * PRODUCT_GROUP < all)
+        if ((unsigned)(chosen_column(held[i].pair) - first_column) < SUMS * 2 &&
+            thread + i * PRODUCT_GROUP < rows->upto[PICK_ROWS - 1])
             take(row_of(held[i]), held[i].pair, picked[i], activations[i]);
 }
 // [/pick]
+
+// [pick-many]
+// The same where the tile has more pairs than are held: a trained router's favourites, or many experts a token. All
+// sums go to memory, [64, SUMS * 2], which the L2 holds. That frees their registers for ABREAST pairs at a time: a
+// thread that walked pair by pair would wait for each one's load.
+template <int SUMS, typename Take>
+__device__ inline void pick_many(const float (&sums)[SUMS], float *all_sums, int thread, int barrier,
+                                 const token_lists &lists, const pick_rows *rows, int K, int first_column, Take take) {
+    constexpr int COLUMNS = SUMS * 2;
+    float *to = all_sums + (thread / WARP * 16 + thread % WARP / 4) * COLUMNS + thread % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < SUMS; i += 2)
+        *(float2 *)(to + i / 4 * 8 + i / 2 % 2 * 8 * COLUMNS) = make_float2(sums[i], sums[i + 1]);
+    barrier_sync(barrier, PRODUCT_GROUP);
+    for (int number = thread, all = rows->upto[PICK_ROWS - 1]; !all_agree(number >= all);
+         number += ABREAST * PRODUCT_GROUP) {
+        held_pair pairs[ABREAST];
+        float there[ABREAST];
+        bool mine[ABREAST];
+#pragma unroll
+        for (int i = 0; i < ABREAST; i++)
+            pairs[i] = pair_of(lists, rows, K, number + i * PRODUCT_GROUP);
+#pragma unroll
+        for (int i = 0; i < ABREAST; i++) {
+            int column = chosen_column(pairs[i].pair) - first_column;
+            mine[i] = (unsigned)column < COLUMNS && number + i * PRODUCT_GROUP < all;
+            there[i] = all_sums[row_of(pairs[i]) * COLUMNS + (mine[i] ? column : 0)];
+        }
+#pragma unroll
+        for (int i = 0; i < ABREAST; i++)
+            if (mine[i])
+                take(row_of(pairs[i]), pairs[i].pair, there[i], silu_at_once(there[i]) * pairs[i].pair.weight);
+    }
+}
+// [/pick-many]
+
+// Bytes of all blocks' sums for pick_many, and where a warpgroup's are.
+static inline size_t many_bytes(int columns) {
+    return (size_t)multiprocessors() * 2 * PICK_ROWS * columns * sizeof(float);
+}
+__device__ inline float *many_sums(float *all, int columns, int group) {
+    return all + (int64_t)(blockIdx.x * 2 + group) * PICK_ROWS * columns;
+}
 
 #endif

@@ -67,7 +67,7 @@ static const struct {
 } ladders[] = {
     {&fmoe_step_router,
      cuda_router_rungs,
-     {"T67-d40-n13-f32-train", "T67-d41-n13-bf16-train", "T130-d136-n130-f16", "T5-d7-n3-f32"}},
+     {"T67-d40-n13-f32-train", "T67-d41-n13-bf16-train", "T130-d136-n130-f16", "T5-d7-n3-f32", "T70-d840-n13-bf16"}},
     {&fmoe_step_topk,
      cuda_topk_rungs,
      {"T5-n7-K6-normal-f32", "T3-n128-K64-normal-bf16-norm", "T2-n70-K300-normal-f32", "T7-n40-K16-normal-f16"}},
@@ -81,7 +81,7 @@ static const struct {
     {&fmoe_step_expert,
      cuda_strategies_rungs,
      {"T5-d19-N50-K6-uniform-f32", "T37-d72-N49-K9-normal-bf16", "T130-d136-N300-K20-uniform-f16",
-      "T70-d64-N1024-K64-normal-bf16"}},
+      "T70-d64-N1024-K64-normal-bf16", "T70-d40-N1000-K900-uniform-bf16"}},
     {&fmoe_step_mlp,
      cuda_mlp_rungs,
      {"T5-d19-I33-f32", "T130-d72-I104-bf16", "T1-d264-I520-bf16", "T9-d136-I264-f16", "T50-d256-I520-bf16",
