@@ -71,6 +71,7 @@ __device__ inline void find_logits(const few_task &a, const Cluster &cluster, in
         if (i % shape::keys >= n)
             s.memory[i / (2 * shape::keys)].value[i / shape::keys % 2][i % shape::keys] = -INFINITY;
     dot_gate<E>(a, t, first_row, lane, s.part, logit);
+    cluster.barrier_wait(); // all blocks have begun: their shared memory is there
 #pragma unroll
     for (int i = 0; i < TOKENS; i++)
 #pragma unroll
@@ -157,11 +158,22 @@ __device__ inline void add_warps(cluster_shared<E, TOKENS> &s, int token, float 
         __syncthreads(); // the parts are read before the next token's are written
 }
 
-// Launch: a cluster of 8 blocks of 8 warps for one token or two. Shared memory: 40 KB for one, 48 KB for two, or 22 and
-// 28 KB in float32: what the top-k needs, the warps' parts of a sum, and the sums. Traffic: the gate once from memory
-// and once a cluster from the L2; two rows a pair; a token's logits and sum, float32, once.
+// [with-mlp]
+// Behind the clusters of the routed branch come blocks that make the MLP's hidden units, a warp one: launched by
+// themselves, beside this kernel, they would cost a fork and a join.
+template <typename E> __device__ inline void make_hidden(const few_task &a, int block) {
+    int64_t unit = (int64_t)(block / a.mlp.T) * WARPS + threadIdx.x / WARP;
+    if (unit < a.mlp.I)
+        hidden_unit<E>(a.mlp, (E *)a.hidden, unit, block % a.mlp.T);
+}
+// [/with-mlp]
+
+// Launch: clusters of 8 blocks of 8 warps, each for one token or two, and behind them, WITH_MLP, as many blocks as the
+// hidden units want. Shared memory: 40 KB for one token, 48 KB for two, or 22 and 28 KB in float32: what the top-k
+// needs, the warps' parts of a sum, and the sums. Traffic: the gate once from memory and once a cluster from the L2;
+// two rows a pair; a token's logits and sum, float32, once; the MLP's gate and up once.
 // [few]
-template <typename E, int TOKENS>
+template <typename E, int TOKENS, bool WITH_MLP>
 __global__ void __launch_bounds__(THREADS, 2) few_routed_kernel(const __grid_constant__ few_task a) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     __shared__ cluster_shared<E, TOKENS> s;
@@ -169,7 +181,14 @@ __global__ void __launch_bounds__(THREADS, 2) few_routed_kernel(const __grid_con
     auto cluster = cooperative_groups::this_cluster();
     int t = blockIdx.x / BLOCKS * TOKENS, block = blockIdx.x % BLOCKS, warp = threadIdx.x / WARP;
     int lane = threadIdx.x % WARP, K = a.choice.K, k = warp * BLOCKS + block, tokens = min(TOKENS, a.choice.T - t);
-    cluster.sync(); // all blocks have begun: their shared memory is there
+    if (WITH_MLP) {
+        start_next_kernel();
+        if ((int)blockIdx.x >= a.clusters * BLOCKS) {
+            make_hidden<E>(a, blockIdx.x - a.clusters * BLOCKS);
+            return;
+        }
+    }
+    cluster.barrier_arrive();
     find_logits(a, cluster, t, block, warp, lane, s);
     cluster.sync();
     if (warp < TOKENS)
@@ -211,14 +230,16 @@ __global__ void __launch_bounds__(THREADS, 2) few_routed_kernel(const __grid_con
 }
 // [/few]
 
-template <typename E, int TOKENS> static fmoe_status run(const few_task &a, cudaStream_t stream) {
+template <typename E, int TOKENS, bool WITH_MLP> static fmoe_status run(const few_task &a, cudaStream_t stream) {
+    int64_t hidden = WITH_MLP ? ceil_div(a.mlp.I, WARPS) * a.mlp.T : 0;
     cudaLaunchAttribute clusters = {};
     clusters.id = cudaLaunchAttributeClusterDimension;
     clusters.val.clusterDim.x = BLOCKS, clusters.val.clusterDim.y = clusters.val.clusterDim.z = 1;
     cudaLaunchConfig_t config = {};
-    config.gridDim = (unsigned)ceil_div(a.choice.T, TOKENS) * BLOCKS, config.blockDim = THREADS, config.stream = stream;
+    config.gridDim = (unsigned)(a.clusters + ceil_div(hidden, BLOCKS)) * BLOCKS;
+    config.blockDim = THREADS, config.stream = stream;
     config.attrs = &clusters, config.numAttrs = 1;
-    cudaLaunchKernelEx(&config, few_routed_kernel<E, TOKENS>, a);
+    cudaLaunchKernelEx(&config, few_routed_kernel<E, TOKENS, WITH_MLP>, a);
     return launched("few_routed_kernel");
 }
 
@@ -231,5 +252,16 @@ bool few_fit(const fmoe_layer_args *args) {
 // Beside the MLP there is room for eight clusters at once.
 fmoe_status few_routed(const fmoe_layer_args *args, const layer_scratch &s, cudaStream_t stream) {
     few_task a = few_task_of(args, s);
-    WITH_DTYPE(args->dtype, E, return args->T <= FEW_TOKENS / 2 ? run<E, 1>(a, stream) : run<E, 2>(a, stream));
+    bool one = args->T <= FEW_TOKENS / 2;
+    a.clusters = (int)ceil_div(args->T, one ? 1 : 2);
+    WITH_DTYPE(args->dtype, E, return one ? run<E, 1, false>(a, stream) : run<E, 2, false>(a, stream));
+}
+
+fmoe_status few_layer(const fmoe_layer_args *args, const fmoe_mlp_args *mlp, const layer_scratch &s,
+                      cudaStream_t stream) {
+    const mlp_join join = {s.routed, NULL, 0, NULL};
+    few_task a = few_task_of(args, s);
+    a.clusters = (int)args->T, a.mlp = *mlp, a.hidden = s.mlp;
+    WITH_DTYPE(args->dtype, E, TRY((run<E, 1, true>(a, stream))));
+    return mlp_rows_output(mlp, &join, true, s.mlp, stream);
 }

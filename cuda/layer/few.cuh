@@ -2,6 +2,7 @@
 #ifndef FMOE_LAYER_FEW_CUH
 #define FMOE_LAYER_FEW_CUH
 
+#include "../mlp/rows.cuh"
 #include "../topk/topk.cuh"
 #include "layer.cuh"
 
@@ -15,13 +16,27 @@ typedef struct {
     const void *x, *gate, *down, *up;
     const float *mean, *var;
     float *logits, *routed;
+    int clusters;      // of the routed branch; the blocks behind them make the MLP's hidden units
+    fmoe_mlp_args mlp; // its first product, if there are such blocks
+    void *hidden;      // [T, I]
 } few_task;
 
 static inline few_task few_task_of(const fmoe_layer_args *args, const layer_scratch &s) {
     topk_task choice = {(int)args->T, (int)args->n, (int)args->K, args->norm_topk_prob, FMOE_F32, s.logits,
                         s.indices,    args->scores, NULL};
-    return {choice,         (int)args->d,       args->x,           args->router_gate, args->down_embed,
-            args->up_embed, args->running_mean, args->running_var, s.logits,          s.routed};
+    return {choice,
+            (int)args->d,
+            args->x,
+            args->router_gate,
+            args->down_embed,
+            args->up_embed,
+            args->running_mean,
+            args->running_var,
+            s.logits,
+            s.routed,
+            0,
+            {},
+            NULL};
 }
 
 // Columns of a row that a warp has at once.

@@ -1,7 +1,7 @@
 // The layer's checks, its workspace, and its two branches, one after the other or side by side.
 #include "../../chapters/workspace.h"
 #include "../expert/expert.cuh"
-#include "../mlp/mlp.h"
+#include "../mlp/mlp.cuh"
 #include "../topk/topk.cuh"
 #include "layer.cuh"
 
@@ -111,8 +111,12 @@ static fmoe_status experts(const fmoe_layer_args *a, const layer_scratch &s, cud
     return routed_experts(a, s, {false, 0, 0, items, NULL}, stream);
 }
 
+static fmoe_mlp_args mlp_args_of(const fmoe_layer_args *a) {
+    return {a->T, a->d, a->I, a->dtype, a->x, a->gate_proj, a->up_proj, a->down_proj, a->y};
+}
+
 static fmoe_status mlp(const fmoe_layer_args *a, const layer_scratch &s, mlp_join join, cudaStream_t stream) {
-    fmoe_mlp_args args = {a->T, a->d, a->I, a->dtype, a->x, a->gate_proj, a->up_proj, a->down_proj, a->y};
+    fmoe_mlp_args args = mlp_args_of(a);
     return cuda_mlp_into(&args, &join, s.mlp, s.mlp_bytes, stream);
 }
 
@@ -259,6 +263,9 @@ static fmoe_status divided(const fmoe_layer_args *a, const layer_scratch &s, con
 // [few-tokens]
 static fmoe_status few_tokens(const fmoe_layer_args *a, const layer_scratch &s, const fmoe_cuda_side *side,
                               cudaStream_t stream) {
+    const fmoe_mlp_args args = mlp_args_of(a);
+    if (mlp_by_rows(&args))
+        return few_layer(a, &args, s, stream);
     TRY(fork(side, stream));
     TRY(few_routed(a, s, stream));
     TRY(mlp(a, s, {NULL, NULL, 0, s.shared}, side->stream));

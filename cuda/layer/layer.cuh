@@ -50,6 +50,9 @@ fmoe_status few_logits(const fmoe_layer_args *args, const layer_scratch &s, cuda
 // The whole branch in one kernel, for up to FEW_TOKENS tokens in evaluation (sm_90 on). few.cu
 bool few_fit(const fmoe_layer_args *args);
 fmoe_status few_routed(const fmoe_layer_args *args, const layer_scratch &s, cudaStream_t stream);
+// The whole layer in two, where the MLP takes the rung rows and few_fit.
+fmoe_status few_layer(const fmoe_layer_args *args, const fmoe_mlp_args *mlp, const layer_scratch &s,
+                      cudaStream_t stream);
 
 // ---- Beside the MLP ----
 

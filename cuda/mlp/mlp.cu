@@ -94,12 +94,20 @@ typedef struct {
     fmoe_workspace_fn *workspace;
 } mlp_rung;
 
+static bool by_fragments(const fmoe_mlp_args *args) {
+    return cuda_mlp_fragments_take(args) && args->T > 1 && fmoe_cuda_level() >= LEVEL_ADVANCED;
+}
+
+bool mlp_by_rows(const fmoe_mlp_args *args) {
+    return cuda_mlp_few_rows(args) && !by_fragments(args);
+}
+
 // [choice]
 static mlp_rung best_rung(const fmoe_mlp_args *args) {
     int level = fmoe_cuda_level();
-    if (cuda_mlp_fragments_take(args) && args->T > 1 && level >= LEVEL_ADVANCED)
+    if (by_fragments(args))
         return {mlp_fragments_into, cuda_mlp_hidden_bytes};
-    if (cuda_mlp_few_rows(args))
+    if (mlp_by_rows(args))
         return {mlp_rows_into, cuda_mlp_hidden_bytes};
     if (cuda_mlp_few(args) && level >= LEVEL_HOPPER)
         return {mlp_few_tokens_into, cuda_mlp_hidden_bytes};

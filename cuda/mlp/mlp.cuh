@@ -21,6 +21,8 @@ typedef fmoe_status mlp_into(const fmoe_mlp_args *args, const mlp_join *join, vo
 mlp_into mlp_naive_into, mlp_rows_into, mlp_tiles_into, mlp_mma_sync_into, mlp_fragments_into, mlp_few_tokens_into,
     mlp_wgmma_into;
 
+bool mlp_by_rows(const fmoe_mlp_args *args); // whether cuda_mlp_into takes the rung rows. mlp.cu
+
 static inline const float *mlp_add(const mlp_join *join) {
     return join ? join->add : NULL;
 }

@@ -60,10 +60,11 @@ static void free_all(void) {
 
 /* ---- The ladders ------------------------------------------------------------------------------------------------- */
 
+enum { MOST_CASES = 10 };
 static const struct {
     const fmoe_step *step;
     const fmoe_rung *rungs;
-    const char *cases[8];
+    const char *cases[MOST_CASES];
 } ladders[] = {
     {&fmoe_step_router,
      cuda_router_rungs,
@@ -102,7 +103,8 @@ static const struct {
      cuda_layer_rungs,
      {"T5-d19-I33-N50-K6-normal-f32-train", "T37-d72-I104-N170-K9-normal-bf16", "T3-d136-I40-N1024-K33-normal-f16-norm",
       "T70-d264-I136-N300-K8-normal-bf16-train", "T11-d136-I40-N300-K20-normal-bf16",
-      "T1410-d40-I16-N30-K3-normal-bf16", "T1500-d256-I2600-N300-K8-normal-bf16", "T70-d512-I72-N300-K9-normal-f16"}},
+      "T1410-d40-I16-N30-K3-normal-bf16", "T1500-d256-I2600-N300-K8-normal-bf16", "T70-d512-I72-N300-K9-normal-f16",
+      "T1-d136-I104-N300-K20-normal-bf16", "T5-d72-I52-N170-K9-normal-f32"}},
     {&fmoe_step_layer_backward,
      cuda_layer_backward_rungs,
      {"T5-d19-I33-N50-K6-normal-f32-train", "T37-d72-I104-N170-K9-normal-bf16",
@@ -326,7 +328,7 @@ int main(int argc, char **argv) {
         return run_fault(argv[2]);
     const char *only = argc == 2 ? argv[1] : NULL;
     for (size_t i = 0; i < sizeof ladders / sizeof ladders[0]; i++)
-        for (int c = 0; c < 8 && ladders[i].cases[c]; c++)
+        for (int c = 0; c < MOST_CASES && ladders[i].cases[c]; c++)
             if (!only || strcmp(only, ladders[i].step->op) == 0)
                 run_ladder(ladders[i].step, ladders[i].rungs, ladders[i].cases[c]);
     if (only)
