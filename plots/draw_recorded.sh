@@ -40,12 +40,9 @@ for n in 0 1 2 3 4 5 6 7 8 9; do
         grep -v ',cpu,' "$csv" >"$joined"
         draw crossover "$joined" plots/chapter7-gpu-crossover.svg "$title"
     fi
-    if [ -n "$csv" ] && [ $n = 8 ]; then # the GPU's steps alone; they may have been recorded by themselves
-        grep -q ',layer_step,.*,cuda,' "$csv" || csv=${csv%.csv}-steps.csv
-        if [ -f "$csv" ]; then
-            grep -v ',cpu,' "$csv" >"$joined"
-            draw breakdown "$joined" plots/chapter8-gpu-breakdown.svg "$title"
-        fi
+    if [ -n "$csv" ] && [ $n = 8 ]; then # the GPU's steps alone
+        grep -v ',cpu,' "$csv" >"$joined"
+        draw breakdown "$joined" plots/chapter8-gpu-breakdown.svg "$title"
     fi
     if [ -n "$csv" ] && [ $n = 3 ]; then # one case of it, for the README
         sed -n -i '1p;/,topk,T4096-n128-K64-normal-f32,/p' "$joined"

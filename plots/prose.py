@@ -182,9 +182,6 @@ def gpu_breakdown():
     """Chapter 8's steps on the GPU, one after the other: what the layer takes longer for going on to a step's end."""
     path, rows = recorded_gpu(8)
     rows = [row for row in rows if row["op"] == "layer_step" and row["backend"] == "cuda"]
-    if path and not rows and (ROOT / path.parent / "chapter8-steps.csv").exists():
-        path = path.parent / "chapter8-steps.csv"
-        rows = read_rows(ROOT / path)
     if not rows:
         put("*The GPU's steps are not recorded yet; `make chapter8 && ./chapter8` times them.*")
         return

@@ -257,6 +257,7 @@ fmoe_status few_routed(const fmoe_layer_args *args, const layer_scratch &s, cuda
     WITH_DTYPE(args->dtype, E, return one ? run<E, 1, false>(a, stream) : run<E, 2, false>(a, stream));
 }
 
+// [few-layer]
 fmoe_status few_layer(const fmoe_layer_args *args, const fmoe_mlp_args *mlp, const layer_scratch &s,
                       cudaStream_t stream) {
     const mlp_join join = {s.routed, NULL, 0, NULL};
@@ -265,3 +266,4 @@ fmoe_status few_layer(const fmoe_layer_args *args, const fmoe_mlp_args *mlp, con
     WITH_DTYPE(args->dtype, E, TRY((run<E, 1, true>(a, stream))));
     return mlp_rows_output(mlp, &join, true, s.mlp, stream);
 }
+// [/few-layer]

@@ -142,7 +142,7 @@ template <typename E> __device__ inline void consume(wgmma_shared<E> *s, int gro
         int stage = chunk % STAGES;
         barrier_wait(&s->full[stage], chunk / STAGES % 2);
         multiply_half(s->stages[stage], row, 0, hi[0], lo[0], sums);
-        wgmma_wait<1>(); // the chunk before is done with
+        wgmma_wait<1>();         // the chunk before is done with
         if (chunk >= WARPGROUPS) // every lane for itself: the norm's warp writes over what each of them has read
             barrier_arrive(&s->empty[(chunk - WARPGROUPS) % STAGES]);
         multiply_half(s->stages[stage], row, 1, hi[1], lo[1], sums);
