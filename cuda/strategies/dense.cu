@@ -133,7 +133,7 @@ __device__ inline void mask_consume(S *s, const dense_task &task, const product_
 // [/mask]
 
 // Launch: as product_kernel, with tiles of 128 × 256: four stages and 32 KB of sums to pick from. Traffic: as there; 8
-// bytes a pair in, A out.
+// bytes a pair in, A out; the sums of a tile with many pairs to the L2 and back.
 template <typename E>
 __global__ void __launch_bounds__(PRODUCT_THREADS, 1)
     mask_kernel(dense_task task, product_work work, int first_token, const __grid_constant__ product_maps maps) {

@@ -282,7 +282,7 @@ __device__ inline void rows_consume(const rows_task &task, S *s, int group) {
 // Launch: persistent blocks of 384 threads, one a multiprocessor: a warpgroup that gathers and two that multiply.
 // Shared memory: 205 to 210 KB: a ring of stages (three of 128 tokens × 320 experts), 32 KB of sums to pick from, and
 // where the grid's rows begin among the tiles. Traffic: a tile reads a row of x a token and its experts' rows once,
-// from the L2 for the most part; 8 bytes a pair in and 4 out.
+// from the L2 for the most part; 8 bytes a pair in and 4 out; the sums of a tile with many pairs to the L2 and back.
 template <typename E, int COLUMNS>
 __global__ void __launch_bounds__(PRODUCT_THREADS, 1)
     rows_kernel(rows_task task, const __grid_constant__ CUtensorMap down) {

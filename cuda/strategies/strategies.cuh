@@ -69,8 +69,8 @@ __device__ inline int product_group(void) {
 // ---- Picking: the chosen pairs out of a warpgroup's 64 rows of a tile of products ----
 
 // Rows have few pairs or many (a token may have all of one grid row): the threads share out the pairs, not the rows.
-// HELD pairs a thread come to registers while the tile is multiplied; if there are more, none of these is used,
-// and all are read when it is done.
+// HELD pairs a thread come to registers while the tile is multiplied; if there are more, none is held, and all are read
+// when the tile is done.
 #define PICK_ROWS    64
 #define PICK_COLUMNS 64 // that are in shared memory at a time
 #define PICK_BYTES   (PICK_ROWS * PICK_COLUMNS * (int)sizeof(float))
