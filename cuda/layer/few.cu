@@ -1,6 +1,7 @@
 // Few tokens in evaluation: the routed branch in one kernel. A step that takes two microseconds is not worth a launch
 // of its own. A cluster of eight blocks has a token or two: its 64 warps share the gate's rows, every block then
 // chooses the experts for itself, every warp takes one of a token, and the sums meet in the blocks' shared memory.
+// Where the MLP is the rung rows, its first product is in the same kernel.
 #include "../topk/choice.cuh"
 #include "few.cuh"
 
