@@ -32,8 +32,8 @@ const fmoe_rung cuda_layer_rungs[] = {
     {.name = "few-tokens",
      .level = LEVEL_HOPPER,
      .backend = BACKEND_CUDA,
-     .idea = "Up to 16 tokens: the routed branch is one kernel, a cluster has a token or two; for one, half of the MLP "
-             "is in it.",
+     .idea = "Up to 16 tokens: the routed branch is one kernel, a cluster has a token or two; for one, the MLP's first "
+             "product is in it.",
      .run = CUDA_RUN(cuda_layer_few),
      .workspace = CUDA_PART(cuda_layer_bytes),
      .supports = CUDA_PART(cuda_layer_is_few),

@@ -1,5 +1,5 @@
-// Dot products of rows of weights with a token, a warp a row or some: for this chapter's rung rows, and for the layer's
-// kernel for few tokens.
+// Dot products of rows of weights with a token, a warp a row or some: for the rung rows, and for the layer's kernel for
+// few tokens.
 #ifndef FMOE_MLP_ROWS_CUH
 #define FMOE_MLP_ROWS_CUH
 
